@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 def require(ok: bool, name: str, expected: str, got: object, fix: str = "") -> None:
@@ -23,30 +25,51 @@ def describe(x: object) -> str:
 
 def require_float(name: str, x: Tensor, shape: str, ranks: Sequence[int]) -> None:
     """``x`` is a real floating-point tensor whose rank is one of ``ranks``; ``shape`` is how the docs write it."""
-    ok = isinstance(x, Tensor) and x.is_floating_point() and x.ndim in ranks
-    require(ok, name, f"a floating-point tensor of shape {shape}", describe(x))
+    if not (isinstance(x, Tensor) and x.is_floating_point() and x.ndim in ranks):
+        require(False, name, f"a floating-point tensor of shape {shape}", describe(x))
 
 
 def require_gram(name: str, gram: Tensor) -> None:
     """``gram`` is a floating-point tensor of square matrices, ``[..., K, K]`` with K at least 1."""
     ok = isinstance(gram, Tensor) and gram.is_floating_point() and gram.ndim >= 2
-    ok = ok and gram.shape[-1] == gram.shape[-2] >= 1
-    require(ok, name, "a floating-point Gram matrix of shape [..., K, K]", describe(gram))
+    if not (ok and gram.shape[-1] == gram.shape[-2] >= 1):
+        require(False, name, "a floating-point Gram matrix of shape [..., K, K]", describe(gram))
 
 
 def require_range(name: str, x: float, low: float, high: float, *, open_low: bool = False) -> None:
     """``x`` is a Python number in ``[low, high]`` (``(low, high]`` with ``open_low``)."""
     number = isinstance(x, int | float) and not isinstance(x, bool)
-    ok = number and (low < x if open_low else low <= x) and x <= high
-    require(ok, name, f"a number in {'(' if open_low else '['}{low:g}, {high:g}]", describe(x))
+    if not (number and (low < x if open_low else low <= x) and x <= high):
+        require(False, name, f"a number in {'(' if open_low else '['}{low:g}, {high:g}]", describe(x))
 
 
 def require_same_shape(name: str, x: Tensor, other: str, y: Tensor) -> None:
     """``x`` and ``y`` have the same shape."""
-    require(x.shape == y.shape, name, f"the shape of {other}, {list(y.shape)}", describe(x))
+    if x.shape != y.shape:
+        require(False, name, f"the shape of {other}, {list(y.shape)}", describe(x))
 
 
 def require_vector(name: str, x: Tensor, length: int, letter: str) -> None:
     """``x`` is a floating-point vector with ``length`` entries, written ``[letter]``."""
-    ok = isinstance(x, Tensor) and x.is_floating_point() and x.shape == torch.Size([length])
-    require(ok, name, f"a floating-point tensor of shape [{letter}] = [{length}]", describe(x))
+    if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape == torch.Size([length])):
+        require(False, name, f"a floating-point tensor of shape [{letter}] = [{length}]", describe(x))
+
+
+def require_same_trees(name: str, x: Any, other: str, y: Any) -> None:
+    """Same structure, and the same shape leaf by leaf."""
+    (leaves, spec), (other_leaves, other_spec) = pytree.tree_flatten(x), pytree.tree_flatten(y)
+    require(spec == other_spec, name, f"the structure of {other}, {other_spec}", spec)
+    for a, b in zip(leaves, other_leaves, strict=True):
+        require(a.shape == b.shape, name, f"a leaf of shape {list(b.shape)} as in {other}", describe(a))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32 for halves, the dtype itself otherwise."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def has_readable_values(x: Tensor) -> bool:
+    """Whether ``x`` is an ordinary tensor whose values can be read: not traced, vmapped, fake or meta."""
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"

@@ -1,0 +1,293 @@
+"""The solver behind ``simplex.min_norm_weights``: minimize ``w^T G w`` over the simplex, exactly, ties canonical.
+
+With norms ``s_k = sqrt(G_kk)``, ``G_hat = G / (s s^T)``, ``a = min(s) / s`` and ``u = w s`` the problem reads
+``min u^T G_hat u`` with ``a^T u = 1``, ``u >= 0``: a unit diagonal whatever the scales. On a support S the minimizer
+is proportional to ``(G_hat_SS + b b^T)^-1 b`` with ``b = a_S / max(a_S)``, regular whenever the gradients of S are
+affinely independent. Easy problems (a unique, well-conditioned solution) are solved by principal pivoting; the others
+by trying every support (K <= 8), or by an active-set method and a projection onto the face of minimizers.
+"""
+
+from __future__ import annotations
+
+import math
+from operator import mul
+
+import torch
+from torch import Tensor
+
+ENUMERATED = 8  # up to this K all 2^K - 1 supports can be tried at once
+_EPS = torch.finfo(torch.float64).eps
+_FLOATS = 16  # up to this K Python floats are quicker than a LAPACK call per step
+
+
+def solve(G: Tensor) -> Tensor:
+    """One Gram ``[K, K]`` on the host: the easy case in plain floats or a few LAPACK calls, else with every care."""
+    K = G.shape[-1]
+    if K <= _FLOATS:
+        easy = _solve_floats(G.tolist())
+        if easy is not None:
+            return torch.tensor(easy, dtype=torch.float64)
+    if K <= ENUMERATED:
+        return enumerate_supports(G)
+    if not G.isfinite().all():
+        return torch.full_like(G[0], math.nan)
+    zero = G.diagonal() <= 0
+    if zero.any():
+        return zero.double() / zero.sum()
+    a, G_hat = _unit_diagonal(G)
+    u, clear = _pivot(G_hat, a, 0.0)
+    if not clear:
+        order = _canonical_order(G_hat)
+        u = torch.empty_like(a)
+        u[order] = _solve_degenerate(G_hat[order][:, order], a[order])
+    w = u * a
+    return w / w.sum()
+
+
+def solve_batch(G: Tensor) -> Tensor:
+    """Host Grams ``[..., K, K]`` one by one, so that a batch and a loop agree to the last bit."""
+    items = [solve(item) for item in G.reshape(-1, *G.shape[-2:])]
+    return torch.stack(items).reshape(G.shape[:-1]) if items else G.sum(-1)
+
+
+def _unit_diagonal(G: Tensor) -> tuple[Tensor, Tensor]:
+    """``a = min(s) / s`` and ``G_hat = G / (s s^T)`` for the norms ``s = sqrt(diag G)``; weights are ``w ~ a u``."""
+    s = G.diagonal(dim1=-2, dim2=-1).sqrt()
+    a = s.amin(-1, keepdim=True) / s
+    return a, G / s.unsqueeze(-1) / s.unsqueeze(-2)
+
+
+def _flat(eigenvalues: Tensor) -> Tensor:
+    """Ascending eigenvalues up to this are rounding: moving along their vectors changes nothing."""
+    return _EPS * (4.0 * eigenvalues[..., -1:] + 32.0)
+
+
+def _canonical_order(G_hat: Tensor) -> Tensor:
+    """An order of the gradients that does not depend on their labels, so that rounding does not either."""
+    return (G_hat.pow(2).sum(-1) + G_hat.pow(3).sum(-1)).argsort(dim=-1, stable=True)
+
+
+def _solve_floats(G: list[list[float]]) -> list[float] | None:
+    """Principal pivoting for a small Gram in Python floats; None unless the solution is clearly unique."""
+    K = len(G)
+    inv = []
+    for i in range(K):
+        if not 0.0 < G[i][i] < math.inf:
+            return None
+        inv.append(G[i][i] ** -0.5)
+    top = max(inv)
+    a = [x / top for x in inv]
+    M = [[g * x * y + b * c for g, y, c in zip(G_i, inv, a, strict=True)] for G_i, x, b in zip(G, inv, a, strict=True)]
+    S = list(range(K))
+    for _ in range(2 * K):
+        everything = len(S) == K
+        A, a_S = (M, a) if everything else ([[M[i][j] for j in S] for i in S], [a[i] for i in S])
+        u = _cholesky_solve(A, a_S, 1e-4)
+        if u is None:
+            return None
+        out = [] if everything else [i for i in range(K) if i not in S]
+        slack = [sum(M[i][j] * u_j for j, u_j in zip(S, u, strict=True)) - a[i] for i in out]
+        if min(u) > 1e-8 and (everything or min(slack) > 1e-8):
+            w = [0.0] * K
+            total = sum(map(mul, u, a_S))
+            for i, u_i, a_i in zip(S, u, a_S, strict=True):
+                w[i] = u_i * a_i / total
+            return w
+        keep = [i for i, u_i in zip(S, u, strict=True) if u_i > 0.0]
+        keep += [i for i, y in zip(out, slack, strict=True) if y < 0.0]
+        if len(keep) == len(S) and set(keep) == set(S):
+            return None  # right, but too close to a tie
+        S = sorted(keep)
+    return None
+
+
+def _cholesky_solve(A: list[list[float]], b: list[float], least_pivot: float) -> list[float] | None:
+    """Solve ``A u = b`` for a small PSD matrix of floats; None if a pivot falls below ``least_pivot``."""
+    L: list[list[float]] = []
+    z: list[float] = []
+    for A_i, b_i in zip(A, b, strict=True):
+        row: list[float] = []
+        for j, L_j in enumerate(L):
+            row.append((A_i[j] - sum(map(mul, row, L_j))) / L_j[j])
+        pivot = A_i[len(row)] - sum(map(mul, row, row))
+        if not pivot >= least_pivot:
+            return None
+        root = math.sqrt(pivot)
+        z.append((b_i - sum(map(mul, row, z))) / root)
+        row.append(root)
+        L.append(row)
+    for i in range(len(z) - 1, -1, -1):
+        z[i] = u_i = z[i] / L[i][i]
+        for j in range(i):
+            z[j] -= L[i][j] * u_i
+    return z
+
+
+def _pivot(G_hat: Tensor, a: Tensor, ridge: float) -> tuple[Tensor, bool]:
+    """Block principal pivoting (Kim and Park, 2011); ``clear`` says that the solution is unique beyond rounding."""
+    K = a.shape[0]
+    F = torch.ones_like(a)
+    fewest, patience = K + 1, 3
+    for _ in range(40):
+        b = F * a
+        b = b / b.max()
+        M = torch.addr(G_hat * torch.outer(F, F), b, b)
+        M.diagonal().add_(1.0 - F + ridge)
+        L, info = torch.linalg.cholesky_ex(M)
+        if info:
+            break
+        u = torch.cholesky_solve(b.unsqueeze(-1), L)
+        u = (u + torch.cholesky_solve(b.unsqueeze(-1) - M @ u, L)).squeeze(-1)  # refined once
+        # outside F the slack of the KKT conditions, inside F the weight: each entry must be positive
+        margin = torch.where(F > 0, u, G_hat @ u - (1.0 - b @ u) * a / (F * a).max())
+        wrong = margin <= 0
+        count = int(wrong.sum())
+        if count == 0:
+            return u * F, bool(margin.min() > 1e-8) and bool(L.diagonal().min() > 1e-2)
+        if count < fewest:
+            fewest, patience = count, 3
+        elif patience > 0:
+            patience -= 1
+        else:  # Murty's rule, slow and finite: exchange the last one alone
+            wrong = torch.zeros_like(wrong).index_fill_(0, wrong.nonzero()[-1], True)
+        F = torch.where(wrong, 1.0 - F, F)
+    return a / a.sum(), False
+
+
+def _solve_degenerate(G_hat: Tensor, a: Tensor) -> Tensor:
+    """The canonical minimizer when the problem is singular or nearly so: any optimum, then the shortest one."""
+    start, _ = _pivot(G_hat, a, 1e-8)
+    u = _active_set(G_hat, a, 1.0 / a, start.clamp(min=0))
+    return _shortest_minimizer(G_hat, a, u)
+
+
+def _active_set(G_hat: Tensor, a: Tensor, s: Tensor, u: Tensor) -> Tensor:
+    """Active set for ``min u^T G_hat u``, ``a^T u = 1``, ``u >= 0`` from a feasible ``u``; G_hat may be singular.
+
+    Each step is a correction of the current point, so rounding is refined away; a ridge of a few ulp makes a step
+    along a flat direction long enough to reach the boundary. ``s`` weighs the violation of each KKT condition.
+    """
+    K = a.shape[0]
+    S, banned, steps = u > 0, torch.zeros(K, dtype=torch.bool), 0
+    best, least = u, math.inf
+    for _ in range(10 * K + 20):
+        top = a[S].abs().max()
+        b = a / top
+        u = u / (b @ u)
+        g = G_hat @ u
+        r = (u @ g) * b - g
+        violation = torch.where(S, r.abs(), r) * s * top
+        tol = 1e-13 * float(u @ g) + 2.0 * _EPS * float((s * top * (G_hat.abs() @ u)).max())
+        if float(violation.max()) < least:
+            best, least = u, float(violation.max())
+        if least <= tol:
+            break
+        if steps < 3 and float(violation[S].max()) > tol:
+            u, S, moved = _step(G_hat, b, r, u, S)
+            steps = steps + 1 if moved == 1.0 else 0
+            banned &= moved == 0.0
+        else:
+            k = int(torch.where(S | banned, -math.inf, violation).argmax())
+            if S[k] or banned[k] or not violation[k] > tol:
+                break
+            S[k], banned[k], steps = True, True, 0
+    return best
+
+
+def _step(G_hat: Tensor, b: Tensor, r: Tensor, u: Tensor, S: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Newton step on the support ``S`` along ``b^T p = 0``, cut at the boundary; what it hits leaves ``S``."""
+    i = S.nonzero().squeeze(-1)
+    A = torch.addr(G_hat[i][:, i], b[i], b[i])
+    ridge = 2.0 * _EPS * len(i)
+    L, info = torch.linalg.cholesky_ex(A + ridge * torch.eye(len(i), dtype=A.dtype))
+    while info:
+        ridge *= 8.0
+        L, info = torch.linalg.cholesky_ex(A + ridge * torch.eye(len(i), dtype=A.dtype))
+    H_r, H_b = torch.cholesky_solve(torch.stack([r[i], b[i]], -1), L).unbind(-1)
+    p = H_r - H_b * (b[i] @ H_r) / (b[i] @ H_b)
+    ratio = torch.where(p < 0, u[i] / -p, math.inf)
+    t = min(1.0, float(ratio.min()))
+    u, S = u.clone(), S.clone()
+    u[i] = torch.where(ratio <= t, 0.0, u[i] + t * p) if t < 1.0 else u[i] + p
+    S[i] = ratio > t if t < 1.0 else True
+    return u, S, t
+
+
+def _shortest_minimizer(G_hat: Tensor, a: Tensor, u: Tensor) -> Tensor:
+    """Of all minimizers the shortest, from one of them: the projection of 0 onto the optimal face."""
+    b = a / a[u > 0].max()
+    u = u / (b @ u)
+    g = G_hat @ u
+    slack = (g - (u @ g) * b) / b
+    i = ((slack <= 1e-9 * (g / b).abs().max()) | (u > 0)).nonzero().squeeze(-1)
+    eigenvalues, Q = torch.linalg.eigh(torch.addr(G_hat[i][:, i], b[i], b[i]))
+    Z = Q[:, eigenvalues <= _flat(eigenvalues)]
+    if Z.shape[1] == 0:
+        return u
+    p = u[i] - Z @ (Z.mT @ u[i])
+    if p.min() < 0:  # shortest y with p + Z y >= 0: least distance programming (Lawson and Hanson, 1974, ch. 23)
+        ZZ = Z @ Z.mT
+        y = (p == p.min()).double()
+        y = _active_set(ZZ, -p, torch.ones_like(p), y)
+        p = (p - ZZ @ y * (p @ y) / (y @ ZZ @ y)).clamp(min=0)
+    i, p = i[p > 0], p[p > 0]
+    M = torch.addr(G_hat[i][:, i], b[i], b[i])
+    eigenvalues, Q = torch.linalg.eigh(M)
+    inverse = torch.where(eigenvalues > _flat(eigenvalues), 1.0 / eigenvalues, 0.0)
+    for _ in range(3):  # take back the projection's rounding
+        r = b[i] * (p @ M @ p) / (b[i] @ p) - M @ p
+        p = (p + Q @ (inverse * (Q.mT @ r))).clamp(min=0)
+    shortest = torch.zeros_like(u).index_copy_(0, i, p)
+    shortest, u = shortest / (a @ shortest), u / (a @ u)
+    better = _excess(G_hat, a, torch.stack([shortest, u]))
+    return shortest if better[0] <= better[1].clamp(min=2.5) else u
+
+
+def enumerate_supports(G: Tensor) -> Tensor:
+    """All 2^K - 1 supports of ``[..., K, K]`` Grams at once, without a look at any value: exact and canonical."""
+    K = G.shape[-1]
+    bad = ~G.isfinite().all(-1).all(-1)
+    G = torch.where(bad[..., None, None], 0.0, (G + G.mT) / 2)
+    diagonal = G.diagonal(dim1=-2, dim2=-1)
+    zero = diagonal <= 0
+    eye = torch.eye(K, dtype=G.dtype, device=G.device)
+    safe = torch.where(zero.unsqueeze(-1) | zero.unsqueeze(-2), eye, G)  # zero gradients are dealt with at the end
+    a, G_hat = _unit_diagonal(safe)
+    order = _canonical_order(G_hat)
+    a = a.gather(-1, order)
+    G_hat = G_hat.gather(-2, order.unsqueeze(-1).expand(G.shape)).gather(-1, order.unsqueeze(-2).expand(G.shape))
+    bits = torch.arange(1, 2**K, device=G.device).unsqueeze(-1) >> torch.arange(K, device=G.device)
+    m = (bits & 1).to(G.dtype)  # [2^K - 1, K], one support a row
+    b = m * a.unsqueeze(-2)
+    b = b / b.amax(-1, keepdim=True)
+    M = (G_hat.unsqueeze(-3) + b.unsqueeze(-1) * b.unsqueeze(-2)) * m.unsqueeze(-1) * m.unsqueeze(-2)
+    eigenvalues, Q = torch.linalg.eigh(M + torch.diag_embed(1.0 - m))
+    inverse = torch.where(eigenvalues > _flat(eigenvalues), 1.0 / eigenvalues, 0.0).unsqueeze(-1)
+    r, u = b.unsqueeze(-1), torch.zeros_like(b).unsqueeze(-1)
+    for _ in range(2):  # the second pass refines
+        u = u + Q @ (inverse * (Q.mT @ r))
+        r = b.unsqueeze(-1) - M @ u
+    u = u.squeeze(-1).clamp(min=0) * m
+    u = u / (u * a.unsqueeze(-2)).sum(-1, keepdim=True)
+    chosen = _choose_support(G_hat, a, u)
+    w = torch.zeros_like(chosen).scatter(-1, order, chosen * a)
+    w = torch.where(zero.any(-1, keepdim=True), zero.to(G.dtype), w)
+    return torch.where(bad.unsqueeze(-1), math.nan, w / w.sum(-1, keepdim=True))
+
+
+def _excess(G_hat: Tensor, a: Tensor, u: Tensor) -> Tensor:
+    """How far ``u [..., S, K]`` with ``a^T u = 1`` are from optimal, in units of what rounding leaves."""
+    g = u @ G_hat
+    norm2 = (u * g).sum(-1)
+    s = 1.0 / a.unsqueeze(-2)
+    gap = norm2 - (g * s).amin(-1)
+    noise = (u @ G_hat.abs() * s).amax(-1)
+    return gap / (1e-12 * norm2 + 4.0 * _EPS * noise)
+
+
+def _choose_support(G_hat: Tensor, a: Tensor, u: Tensor) -> Tensor:
+    """Of the candidates ``u [..., S, K]`` the shortest that is optimal to rounding, or the one nearest to that."""
+    excess = torch.where(u.isfinite().all(-1), _excess(G_hat, a, u), math.inf)
+    length = torch.where(excess <= 1.0, u.pow(2).sum(-1), math.inf)
+    best = torch.where((excess <= 1.0).any(-1), length.argmin(-1), excess.argmin(-1))
+    return u.gather(-2, best[..., None, None].expand(*best.shape, 1, u.shape[-1])).squeeze(-2)
