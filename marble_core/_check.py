@@ -70,6 +70,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def has_readable_values(x: Tensor) -> bool:
     """Whether ``x`` is an ordinary tensor whose values can be read: not traced, vmapped, fake or meta."""
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
         return False
-    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
+    return not (torch._C._functorch.is_functorch_wrapped_tensor(x) or x.is_meta)

@@ -68,58 +68,59 @@ def _canonical_order(G_hat: Tensor) -> Tensor:
 
 
 def _solve_floats(G: list[list[float]]) -> list[float] | None:
-    """Principal pivoting for a small Gram in Python floats; None unless the solution is clearly unique."""
+    """Principal pivoting for a small Gram in Python floats; None unless the solution is clearly unique.
+
+    On a support the weights solve ``(G + m 1 1^T) w = 1`` up to scale, whatever ``m > 0``; Cholesky needs no scaling.
+    """
     K = len(G)
-    inv = []
-    for i in range(K):
-        if not 0.0 < G[i][i] < math.inf:
+    diagonal = [G[i][i] for i in range(K)]
+    for g in diagonal:
+        if not 0.0 < g < math.inf:
             return None
-        inv.append(G[i][i] ** -0.5)
-    top = max(inv)
-    a = [x / top for x in inv]
-    M = [[g * x * y + b * c for g, y, c in zip(G_i, inv, a, strict=True)] for G_i, x, b in zip(G, inv, a, strict=True)]
+    m = min(diagonal)
     S = list(range(K))
     for _ in range(2 * K):
-        everything = len(S) == K
-        A, a_S = (M, a) if everything else ([[M[i][j] for j in S] for i in S], [a[i] for i in S])
-        u = _cholesky_solve(A, a_S, 1e-4)
-        if u is None:
+        w = _solve_support(G, m, S)
+        if w is None:
             return None
-        out = [] if everything else [i for i in range(K) if i not in S]
-        slack = [sum(M[i][j] * u_j for j, u_j in zip(S, u, strict=True)) - a[i] for i in out]
-        if min(u) > 1e-8 and (everything or min(slack) > 1e-8):
-            w = [0.0] * K
-            total = sum(map(mul, u, a_S))
-            for i, u_i, a_i in zip(S, u, a_S, strict=True):
-                w[i] = u_i * a_i / total
-            return w
-        keep = [i for i, u_i in zip(S, u, strict=True) if u_i > 0.0]
-        keep += [i for i, y in zip(out, slack, strict=True) if y < 0.0]
-        if len(keep) == len(S) and set(keep) == set(S):
-            return None  # right, but too close to a tie
-        S = sorted(keep)
+        out = [k for k in range(K) if k not in S] if len(S) < K else []
+        total = sum(w)
+        slack = [sum([G[k][j] * w_j for j, w_j in zip(S, w, strict=True)]) + m * total - 1.0 for k in out]
+        keep = [i for i, w_i in zip(S, w, strict=True) if w_i > 0.0]
+        enter = [k for k, y in zip(out, slack, strict=True) if y < 0.0]
+        if len(keep) == len(S) and not enter:
+            clear = all([w_i * w_i * m * diagonal[i] > 1e-16 for i, w_i in zip(S, w, strict=True)])
+            if not (clear and all([y * y * m > 1e-16 * diagonal[k] for k, y in zip(out, slack, strict=True)])):
+                return None  # right, but too close to a tie
+            weights = [0.0] * K
+            for i, w_i in zip(S, w, strict=True):
+                weights[i] = w_i / total
+            return weights
+        S = sorted(keep + enter)
     return None
 
 
-def _cholesky_solve(A: list[list[float]], b: list[float], least_pivot: float) -> list[float] | None:
-    """Solve ``A u = b`` for a small PSD matrix of floats; None if a pivot falls below ``least_pivot``."""
+def _solve_support(G: list[list[float]], m: float, S: list[int]) -> list[float] | None:
+    """Solve ``(G_SS + m 1 1^T) w = 1`` by Cholesky; None if a pivot is below 1e-4 of its diagonal entry."""
     L: list[list[float]] = []
     z: list[float] = []
-    for A_i, b_i in zip(A, b, strict=True):
+    for i in S:
+        G_i = G[i]
         row: list[float] = []
-        for j, L_j in enumerate(L):
-            row.append((A_i[j] - sum(map(mul, row, L_j))) / L_j[j])
-        pivot = A_i[len(row)] - sum(map(mul, row, row))
-        if not pivot >= least_pivot:
+        for j, L_j in zip(S, L):  # noqa: B905  (L is still shorter than S)
+            row.append((G_i[j] + m - sum(map(mul, row, L_j))) / L_j[-1])
+        pivot = G_i[i] + m - sum(map(mul, row, row))
+        if not pivot >= 1e-4 * G_i[i]:
             return None
         root = math.sqrt(pivot)
-        z.append((b_i - sum(map(mul, row, z))) / root)
+        z.append((1.0 - sum(map(mul, row, z))) / root)
         row.append(root)
         L.append(row)
     for i in range(len(z) - 1, -1, -1):
-        z[i] = u_i = z[i] / L[i][i]
+        L_i = L[i]
+        z[i] = w_i = z[i] / L_i[i]
         for j in range(i):
-            z[j] -= L[i][j] * u_i
+            z[j] -= L_i[j] * w_i
     return z
 
 

@@ -115,7 +115,7 @@ def min_norm_weights(gram: Tensor, *, floor: float = 0.0) -> Tensor:
     if floor:
         G = apply_floor(G, floor, c)
     readable = has_readable_values(G)
-    if readable and G.device.type == "cpu":
+    if readable and G.is_cpu:
         v = solve(G) if G.ndim == 2 else solve_batch(G)
     elif K <= ENUMERATED:
         v = enumerate_supports(G)
@@ -123,7 +123,8 @@ def min_norm_weights(gram: Tensor, *, floor: float = 0.0) -> Tensor:
         require(readable, "gram", f"K <= {ENUMERATED} under torch.func.vmap or torch.compile", f"K = {K}",
                 "Call it outside the transform: batches are handled directly.")
         v = min_norm_weights(G.cpu()).to(G.device)
-    return (floor + c * v if floor else v).to(gram.dtype)
+    v = floor + c * v if floor else v
+    return v if v.dtype == gram.dtype else v.to(gram.dtype)
 
 
 def apply_floor(G: Tensor, floor: float, c: float | Tensor) -> Tensor:
