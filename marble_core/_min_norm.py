@@ -279,11 +279,10 @@ def enumerate_supports(G: Tensor) -> Tensor:
 def _excess(G_hat: Tensor, a: Tensor, u: Tensor) -> Tensor:
     """How far ``u [..., S, K]`` with ``a^T u = 1`` are from optimal, in units of what rounding leaves."""
     g = u @ G_hat
-    norm2 = (u * g).sum(-1)
+    g_abs = u @ G_hat.abs()
     s = 1.0 / a.unsqueeze(-2)
-    gap = norm2 - (g * s).amin(-1)
-    noise = (u @ G_hat.abs() * s).amax(-1)
-    return gap / (1e-12 * norm2 + 4.0 * _EPS * noise)
+    norm2, noise = (u * g).sum(-1, keepdim=True), (u * g_abs).sum(-1, keepdim=True)
+    return ((norm2 - g * s) / (1e-12 * norm2.clamp(min=0) + 4.0 * _EPS * (noise + g_abs * s))).amax(-1)
 
 
 def _choose_support(G_hat: Tensor, a: Tensor, u: Tensor) -> Tensor:
