@@ -4,6 +4,14 @@ Pure functions on tensors and pytrees, torch only. By topic: ``advantages``, ``n
 ``noise``, ``simplex``, ``harmonize``, ``ema``, ``diagnostics``.
 """
 
+from marble_core.advantages import (
+    GroupStats,
+    advantages_from_stats,
+    group_advantages,
+    init_group_stats,
+    merge_group_stats,
+    update_group_stats,
+)
 from marble_core.diagnostics import (
     Alignment,
     AlignmentStats,
@@ -31,6 +39,17 @@ from marble_core.ema import (
 )
 from marble_core.gram import cross_gram, gram_matrix, normalize_gram, psd_part
 from marble_core.harmonize import Harmonization, harmonize
+from marble_core.nft import (
+    AffineTerms,
+    affine_residual,
+    affine_terms,
+    branch_losses,
+    clamped_fraction,
+    combine_advantages,
+    combine_interpolation,
+    interpolation,
+    nft_loss,
+)
 from marble_core.noise import (
     GramEma,
     Moments,
@@ -48,31 +67,45 @@ __version__ = "0.1.0"
 __all__ = [
     "SLOW_DECAY",
     "STANDARD_DECAY",
+    "AffineTerms",
     "Alignment",
     "AlignmentStats",
     "AlignmentSummary",
     "Coefficients",
     "DecaySchedule",
     "GramEma",
+    "GroupStats",
     "Guard",
     "Harmonization",
     "Moments",
     "SignalShare",
+    "advantages_from_stats",
+    "affine_residual",
+    "affine_terms",
     "alignment",
+    "branch_losses",
+    "clamped_fraction",
+    "combine_advantages",
+    "combine_interpolation",
     "cross_alignment",
     "cross_gram",
     "ema_tree",
     "eval_ema_decay",
     "gradient_snr",
     "gram_matrix",
+    "group_advantages",
     "harmonize",
     "init_alignment_stats",
     "init_coefficients",
     "init_gram_ema",
+    "init_group_stats",
     "init_moments",
+    "interpolation",
     "merge_alignment_stats",
+    "merge_group_stats",
     "min_norm_gap",
     "min_norm_weights",
+    "nft_loss",
     "normalize_gram",
     "null_alignment",
     "old_policy_decay",
@@ -84,5 +117,6 @@ __all__ = [
     "update_alignment_stats",
     "update_coefficients",
     "update_gram_ema",
+    "update_group_stats",
     "update_moments",
 ]

@@ -319,7 +319,7 @@ def summarize_alignment_stats(
     centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + (z / (2 * n)) ** 2).sqrt()
     interval = torch.stack([centre - half, centre + half]) / (1 + z * z / n)
     return AlignmentSummary(
-        stats.refreshes,
+        stats.refreshes.clone(),
         q,
         _quantiles(stats.direction_norm, q),
         2 * _quantiles(stats.min_cosine, q) - 1,
