@@ -38,7 +38,7 @@ def require_gram(name: str, gram: Tensor) -> None:
 
 def require_range(name: str, x: float, low: float, high: float, *, open_low: bool = False) -> None:
     """``x`` is a Python number in ``[low, high]`` (``(low, high]`` with ``open_low``)."""
-    number = isinstance(x, int | float) and not isinstance(x, bool)
+    number = isinstance(x, (int, float)) and not isinstance(x, bool)
     if not (number and (low < x if open_low else low <= x) and x <= high):
         require(False, name, f"a number in {'(' if open_low else '['}{low:g}, {high:g}]", describe(x))
 

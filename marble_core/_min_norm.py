@@ -241,7 +241,7 @@ def _shortest_minimizer(G_hat: Tensor, a: Tensor, u: Tensor) -> Tensor:
     shortest = torch.zeros_like(u).index_copy_(0, i, p)
     shortest, u = shortest / (a @ shortest), u / (a @ u)
     better = _excess(G_hat, a, torch.stack([shortest, u]))
-    return shortest if better[0] <= better[1].clamp(min=2.5) else u
+    return shortest if better[0] <= better[1].clamp(min=1.75) else u
 
 
 def enumerate_supports(G: Tensor) -> Tensor:

@@ -226,7 +226,7 @@ def advantages_from_stats(
     require(std in ("global", "group"), "std", '"global" or "group"', repr(std))
     require_range("eps", eps, 0.0, math.inf, open_low=True)
     index = groups.long().unsqueeze(1).expand_as(rewards)
-    centred = torch.where(applicable, rewards, 0).to(stats.mean.dtype) - stats.mean.gather(0, index)
+    centred = rewards.to(stats.mean.dtype) - stats.mean.gather(0, index)
     centred = centred * (stats.count.gather(0, index) > 1)  # a product, so that a NaN is not hidden
     spread = (stats.m2 / stats.count.clamp(min=1)).sqrt().gather(0, index) if std == "group" else _global_std(stats)
     return torch.where(applicable, centred / (spread + eps), 0).to(rewards.dtype)

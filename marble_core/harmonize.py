@@ -103,27 +103,23 @@ def harmonize(
     return Harmonization(w, c, norms, direction_norm, cosines, gap, active, stationary)
 
 
-def _active_weights(
-    G_hat: Tensor, active: Tensor, floor: float, solver: Callable[[Tensor], Tensor]
-) -> Tensor:
+def _active_weights(G_hat: Tensor, active: Tensor, floor: float, solver: Callable[[Tensor], Tensor]) -> Tensor:
     """Weights of the active rewards from their own sub-Gram; exactly 0 for the others."""
     default = solver is min_norm_weights
     require(default or floor == 0.0, "floor", "0 with a solver of your own", floor, "Apply the floor in the solver.")
-    if not has_readable_values(G_hat) or (default and G_hat.device.type != "cpu"):
+    if not has_readable_values(G_hat):
         require(default, "solver", "min_norm_weights under torch.func.vmap or torch.compile", describe(solver))
         return _masked_weights(G_hat, active, floor)
     K = G_hat.shape[-1]
-    items = []
-    for G, on in zip(G_hat.reshape(-1, K, K), active.reshape(-1, K), strict=True):
-        i = on.nonzero().squeeze(-1)
-        w = torch.zeros_like(G[0])
+    w = torch.zeros(active.shape, dtype=G_hat.dtype).reshape(-1, K)
+    for w_item, G in zip(w, G_hat.cpu().reshape(-1, K, K), strict=True):
+        i = (G.diagonal() > 0).nonzero().squeeze(-1)
         if len(i):
             part = min_norm_weights(G[i][:, i], floor=floor) if default else solver(G[i][:, i])
             ok = isinstance(part, Tensor) and part.shape == i.shape
             require(ok, "solver", f"a callable returning weights of shape [{len(i)}]", describe(part))
-            w[i] = part.to(w)
-        items.append(w)
-    return torch.stack(items).reshape(active.shape) if items else G_hat.sum(-1)
+            w_item[i] = part.to(w)
+    return w.reshape(active.shape).to(G_hat.device)
 
 
 def _masked_weights(G_hat: Tensor, active: Tensor, floor: float) -> Tensor:
