@@ -247,7 +247,7 @@ def _check(rewards: Tensor, groups: Tensor, applicable: Tensor | None) -> Tensor
 
 def _check_stats(name: str, stats: GroupStats, num_rewards: int) -> int:
     """Guard the shapes of ``stats``; its number of groups."""
-    for field, x in zip(stats._fields, stats, strict=True):
+    for field, x in (("count", stats.count), ("mean", stats.mean), ("m2", stats.m2)):
         require_float(f"{name}.{field}", x, "[num_groups, num_rewards]", (2,))
         require_same_shape(f"{name}.{field}", x, f"{name}.count", stats.count)
     columns = stats.mean.shape[1]
