@@ -1,0 +1,68 @@
+# Each target sets up what it needs in $(VENV) first, and only when pyproject.toml or constraints.txt has changed.
+#   make test                      everything: lint, types, unit, contract, documentation and property tests
+#   make test PYTHON=python3.12    with another interpreter (the environment is made once: also say VENV=)
+#   make test VENV=path            in another environment, made there unless it exists
+#   make test VENV=path INSTALL=no in an existing environment, exactly as it is
+
+PYTHON ?= python3
+VENV ?= .venv
+INSTALL ?= yes
+# Two workers: the suite is many small tensors, and threads inside an operation only get in each other's way.
+WORKERS ?= 2
+export OMP_NUM_THREADS ?= 1
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+# What the environment was installed from; the folder counts because the install is editable.
+KEY := $(shell (pwd; cat pyproject.toml constraints.txt) | cksum | cut -d ' ' -f 1)
+ifeq ($(INSTALL),no)
+DEV :=
+DOCS :=
+else
+DEV := $(VENV)/.marble-dev-$(KEY)
+DOCS := $(VENV)/.marble-docs-$(KEY)
+endif
+
+.DEFAULT_GOAL := test
+.PHONY: test demo check props docs bench clean
+
+test: check ## everything that has to pass before a change lands
+	$(PY) -m pytest -n $(WORKERS)
+
+demo: $(DEV) ## the README's example; the training demo arrives with the reference trainer
+	@echo "The training demo arrives with the reference trainer; until then, this is the README's example:"
+	@$(PY) examples/two_rewards.py
+
+check: $(DEV) ## lint and types
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+props: $(DEV) ## the property tests with ten times the examples
+	HYPOTHESIS_PROFILE=props $(PY) -m pytest -n $(WORKERS) property_tests
+
+docs: $(DOCS) ## the documentation, into site/
+	$(PY) -m zensical build --strict --clean
+
+bench: $(DEV) ## tables of speed and accuracy
+	$(PY) benchmarks/solver.py
+	$(PY) benchmarks/gradients.py
+
+clean: ## what the other targets leave behind, the environment included
+	rm -rf .venv site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+# Not $(PY) itself: installing packages must not depend on the interpreter's date.
+# The build back end is installed first, so that its version is pinned as well.
+$(VENV)/.marble-dev-$(KEY): | $(PY)
+	$(PIP) install --quiet -c constraints.txt hatchling
+	$(PIP) install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
+	rm -f $(VENV)/.marble-dev-*
+	touch $@
+
+$(VENV)/.marble-docs-$(KEY): | $(VENV)/.marble-dev-$(KEY)
+	$(PIP) install --quiet --no-build-isolation -c constraints.txt -e '.[dev,docs]'
+	rm -f $(VENV)/.marble-docs-*
+	touch $@

@@ -1,0 +1,83 @@
+"""The documentation runs: every Python block of README and docs, its printed output, its links, its API pages."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+import marble_core
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def blocks(page: Path) -> list[tuple[str, str, int]]:
+    """Language and text of every fenced block, and how many lines of the page come before its text."""
+    text = page.read_text(encoding="utf-8")
+    return [(m[1], m[2], text.count("\n", 0, m.start(2))) for m in BLOCK.finditer(text)]
+
+
+def run_page(page: Path) -> list[tuple[str, str]]:
+    """Run a page's Python blocks in order, in one namespace; ``(printed, expected)`` where a text block follows."""
+    namespace: dict[str, object] = {"__name__": page.stem}
+    results, printed = [], None
+    for language, text, lines_before in blocks(page):
+        if language == "python":
+            code = compile("\n" * lines_before + text, str(page), "exec")  # tracebacks then point into the page
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(code, namespace)
+            printed = out.getvalue()
+        elif language == "text" and printed is not None:
+            results.append((printed, text))
+            printed = None
+    return results
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(b[0] == "python" for b in blocks(p))], ids=page_id)
+def test_code_runs_and_prints_what_the_page_says(page: Path) -> None:
+    for printed, expected in run_page(page):
+        assert printed == expected
+
+
+def test_readme_example_is_the_demo_and_prints() -> None:
+    python = [text for language, text, _ in blocks(ROOT / "README.md") if language == "python"]
+    assert python == [(ROOT / "examples" / "two_rewards.py").read_text(encoding="utf-8")]
+    assert len(run_page(ROOT / "README.md")) == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target, _ in LINK.findall(page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page_id(page)} links to {target}"
+
+
+def test_every_public_module_has_an_api_page() -> None:
+    modules = {p.stem for p in (ROOT / "marble_core").glob("*.py") if not p.stem.startswith("_")}
+    assert {p.stem for p in (ROOT / "docs" / "api").glob("*.md")} == modules
+    for name in modules:
+        assert f"::: marble_core.{name}" in (ROOT / "docs" / "api" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_sections_that_docstrings_cite_exist() -> None:
+    theory = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+    numbers = [int(n) for n in re.findall(r"^## (\d+)\. ", theory, re.MULTILINE)]
+    assert numbers == list(range(1, 14))
+    for path in (ROOT / "marble_core").glob("*.py"):
+        for cited in re.findall(r"theory\.md,\s+sections?\s+(\d+)", path.read_text(encoding="utf-8")):
+            assert int(cited) in numbers, f"{path.name} cites section {cited}"
+
+
+def test_version_is_the_changelogs_and_the_citations() -> None:
+    assert f"## [{marble_core.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"version: {marble_core.__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
