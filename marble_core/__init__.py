@@ -37,6 +37,7 @@ from marble_core.ema import (
     refresh_due,
     update_coefficients,
 )
+from marble_core.gradients import combine_rows, flatten_rows, gradient_rows, unflatten_like
 from marble_core.gram import cross_gram, gram_matrix, normalize_gram, psd_part
 from marble_core.harmonize import Harmonization, harmonize
 from marble_core.nft import (
@@ -61,6 +62,7 @@ from marble_core.noise import (
     update_gram_ema,
     update_moments,
 )
+from marble_core.shared_cotangent import SharedRows, shared_cotangent_rows
 from marble_core.simplex import min_norm_gap, min_norm_weights, project_simplex
 
 __version__ = "0.1.0"
@@ -78,6 +80,7 @@ __all__ = [
     "Guard",
     "Harmonization",
     "Moments",
+    "SharedRows",
     "SignalShare",
     "advantages_from_stats",
     "affine_residual",
@@ -87,10 +90,13 @@ __all__ = [
     "clamped_fraction",
     "combine_advantages",
     "combine_interpolation",
+    "combine_rows",
     "cross_alignment",
     "cross_gram",
     "ema_tree",
     "eval_ema_decay",
+    "flatten_rows",
+    "gradient_rows",
     "gradient_snr",
     "gram_matrix",
     "group_advantages",
@@ -112,8 +118,10 @@ __all__ = [
     "project_simplex",
     "psd_part",
     "refresh_due",
+    "shared_cotangent_rows",
     "signal_share",
     "summarize_alignment_stats",
+    "unflatten_like",
     "update_alignment_stats",
     "update_coefficients",
     "update_gram_ema",
