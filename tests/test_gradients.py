@@ -1,0 +1,426 @@
+"""Both routes to K gradients against K plain ``autograd.grad`` calls, and what they leave behind: nothing."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from marble_core import combine_rows, flatten_rows, gradient_rows, shared_cotangent_rows, unflatten_like
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def rand(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def k_passes(forward: Callable[[], Any], module: nn.Module, weights: Tensor) -> dict[str, Tensor]:
+    """The reference: K plain backward passes through the unpatched model."""
+    out = forward()
+    signal = out[0] if isinstance(out, tuple) else out
+    params = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    rows = [
+        torch.autograd.grad(signal, list(params.values()), w.to(signal), retain_graph=True, allow_unused=True)
+        for w in weights.unbind(1)
+    ]
+    columns = zip(*rows, strict=True)
+    return {
+        name: torch.stack([torch.zeros_like(p) if g is None else g for g in column])
+        for (name, p), column in zip(params.items(), columns, strict=True)
+    }
+
+
+def assert_rows(rows: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Equal names, shapes and dtypes, and a difference small beside the largest entry of the whole gradient."""
+    assert rows.keys() == expected.keys()
+    scale = max(float(x.abs().max()) for x in expected.values())
+    assert scale > 0
+    for name, x in expected.items():
+        assert rows[name].shape == x.shape
+        assert rows[name].dtype == x.dtype
+        assert float((rows[name] - x).abs().max()) <= tolerance * scale, name
+
+
+class Block(nn.Module):
+    """Attention and MLP as in a transformer, linear layers and norms without scale."""
+
+    def __init__(self, width: int = 8, rank: int = 0, use_reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width, bias=False)
+        self.use_reentrant = use_reentrant
+
+    def body(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(F.layer_norm(x, x.shape[-1:])).chunk(3, dim=-1)
+        x = x + self.out(torch.softmax(q @ k.mT / 3, -1) @ v)
+        return x + self.down(F.gelu(self.up(F.layer_norm(x, x.shape[-1:]))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.use_reentrant is None:
+            return self.body(x)
+        return checkpoint(self.body, x, use_reentrant=self.use_reentrant)  # type: ignore[no-any-return]
+
+
+def transformer(dtype: torch.dtype, use_reentrant: bool | None = None) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block(use_reentrant=use_reentrant) for _ in range(3))).to(dtype)
+
+
+def signal_of(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    return lambda: module(x).square().flatten(1).mean(1)
+
+
+def with_shared(module: nn.Module, x: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    def forward() -> tuple[Tensor, Tensor]:
+        y = module(x)
+        return y.square().flatten(1).mean(1), (y - 1).square().mean()
+
+    return forward
+
+
+def lora_transformer(dtype: torch.dtype, use_reentrant: bool | None = None) -> nn.Module:
+    """peft LoRA on every linear layer, with a B matrix that is not zero."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["qkv", "out", "up", "down"], lora_dropout=0.0)
+    model = peft.get_peft_model(transformer(dtype, use_reentrant), config).to(dtype)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+    return model  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [(), (1,), (5,), (2, 3)])
+def test_mlp_with_and_without_token_dimensions(dtype: torch.dtype, tokens: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 9, bias=False), nn.Tanh(), nn.Linear(9, 1)).to(dtype)
+    x, weights = rand(7, *tokens, 6, seed=2, dtype=dtype), rand(7, 3, seed=3, dtype=dtype)
+    forward = signal_of(module, x)
+    result = shared_cotangent_rows(forward, module, weights)
+    assert_rows(result.rows, k_passes(forward, module, weights), TOLERANCE[dtype])
+    torch.testing.assert_close(result.signal, forward().detach())
+    assert result.shared == {}
+    assert result.shared_loss is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("use_reentrant", [None, False])
+@pytest.mark.parametrize("build", [transformer, lora_transformer])
+def test_transformers(dtype: torch.dtype, use_reentrant: bool | None, build: Callable[..., nn.Module]) -> None:
+    module = build(dtype, use_reentrant)
+    x, weights = rand(4, 5, 8, seed=4, dtype=dtype), rand(4, 6, seed=5, dtype=dtype)
+    forward = with_shared(module, x)
+    result = shared_cotangent_rows(forward, module, weights)
+    assert_rows(result.rows, k_passes(forward, module, weights), TOLERANCE[dtype])
+    params = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    shared = torch.autograd.grad(forward()[1], list(params.values()))
+    assert_rows(result.shared, dict(zip(params, shared, strict=True)), TOLERANCE[dtype])
+    torch.testing.assert_close(result.shared_loss, forward()[1].detach())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "qk_norm"),
+    # diffusers' RMSNorm computes in float32 whatever the model's dtype, so exactness to 1e-12 is asked without it
+    [(torch.float32, "rms_norm"), (torch.float64, None)],
+)
+def test_sd3_transformer_with_lora(dtype: torch.dtype, qk_norm: str | None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # import-time deprecations of the model libraries are not ours
+        peft = pytest.importorskip("peft")
+        sd3 = pytest.importorskip("diffusers.models.transformers.transformer_sd3")
+    torch.manual_seed(0)
+    model = sd3.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
+        pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm=qk_norm,
+    )
+    model.requires_grad_(False)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    model.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights="gaussian", target_modules=targets))
+    model.to(dtype)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+    inputs = {
+        "hidden_states": rand(3, 4, 8, 8, seed=1, dtype=dtype),
+        "encoder_hidden_states": rand(3, 5, 16, seed=2, dtype=dtype),
+        "pooled_projections": rand(3, 16, seed=3, dtype=dtype),
+        "timestep": torch.tensor([100.0, 500.0, 900.0], dtype=dtype),
+    }
+
+    def forward() -> Tensor:
+        return model(**inputs, return_dict=False)[0].square().flatten(1).mean(1)  # type: ignore[no-any-return]
+
+    weights = rand(3, 5, seed=6, dtype=dtype)
+    result = shared_cotangent_rows(forward, model, weights)
+    assert all("lora" in name for name in result.rows)
+    assert_rows(result.rows, k_passes(forward, model, weights), TOLERANCE[dtype])
+
+
+def test_bf16_autocast() -> None:
+    module = lora_transformer(torch.float32)
+    x, weights = rand(4, 5, 8, seed=4, dtype=torch.float32), rand(4, 6, seed=5, dtype=torch.float32)
+
+    def forward() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(x)
+        return y.float().square().flatten(1).mean(1)
+
+    expected = k_passes(forward, module, weights)
+    assert_rows(shared_cotangent_rows(forward, module, weights).rows, expected, 0.02)
+    with torch.autocast("cpu", torch.bfloat16):  # around everything, the backward included
+        inside = shared_cotangent_rows(lambda: module(x).float().square().flatten(1).mean(1), module, weights)
+    assert_rows(inside.rows, expected, 0.02)
+    exact = k_passes(signal_of(module, x), module, weights)
+    with pytest.raises(AssertionError):  # autocast was at work: this is not the float32 gradient
+        assert_rows(inside.rows, exact, 1e-5)
+
+
+def test_micro_batches_add_up() -> None:
+    module = lora_transformer(torch.float64)
+    x, weights = rand(6, 5, 8, seed=4), rand(6, 4, seed=5)
+    whole = shared_cotangent_rows(signal_of(module, x), module, weights).rows
+    parts = [
+        shared_cotangent_rows(signal_of(module, x[i]), module, weights[i]).rows
+        for i in (slice(0, 1), slice(1, 4), slice(4, 6))
+    ]
+    assert_rows({name: sum(part[name] for part in parts) for name in whole}, whole, 1e-12)
+
+
+def test_a_layer_used_twice_and_tied_parameters() -> None:
+    torch.manual_seed(0)
+    first, second, third = (nn.Linear(4, 4).double() for _ in range(3))
+    second.weight = first.weight
+    module = nn.ModuleList([first, second, third])
+    x, weights = rand(5, 3, 4, seed=1), rand(5, 2, seed=2)
+
+    def forward() -> Tensor:
+        y = third(torch.tanh(second(torch.tanh(first(x)))))
+        return third(torch.tanh(y)).square().flatten(1).sum(1)
+
+    result = shared_cotangent_rows(forward, module, weights)
+    assert "1.weight" not in result.rows
+    assert_rows(result.rows, k_passes(forward, module, weights), 1e-12)
+
+
+def test_one_backward_serves_all_rewards() -> None:
+    module = transformer(torch.float64)
+    x, passes = rand(4, 5, 8, seed=4), []
+
+    def forward() -> Tensor:
+        y = module(x)
+        y.register_hook(lambda grad: passes.append(1))
+        return y.square().flatten(1).mean(1)
+
+    shared_cotangent_rows(forward, module, rand(4, 50, seed=5))
+    assert len(passes) == 1
+
+    def forward_shared() -> tuple[Tensor, Tensor]:
+        y = module(x)
+        y.register_hook(lambda grad: passes.append(1))
+        return y.square().flatten(1).mean(1), y.mean()
+
+    shared_cotangent_rows(forward_shared, module, rand(4, 50, seed=5))
+    assert len(passes) == 3
+
+
+class Mixed(nn.Module):
+    """Trainable parameters of every kind: served, a norm's, a convolution's, one used outside its layer, one unused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.conv = nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv1d(3, 3, 1)
+        self.tied, self.unused = nn.Linear(4, 4, bias=False), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tied(self.conv(self.norm(torch.tanh(self.linear(x)))))
+        return F.linear(torch.tanh(x), self.tied.weight.mT)
+
+
+def test_what_cannot_be_served_is_named_or_taken_by_k_passes() -> None:
+    torch.manual_seed(0)
+    module = Mixed().double()
+    x, weights = rand(5, 3, 4, seed=1), rand(5, 3, seed=2)
+    forward = with_shared(module, x)
+    message = r"module: .* got norm.weight, norm.bias, conv.weight, conv.bias, tied.weight. Freeze them, or"
+    with pytest.raises(ValueError, match=message):
+        shared_cotangent_rows(forward, module, weights)
+    expected = k_passes(forward, module, weights)
+    plain = torch.autograd.grad(forward()[1], list(module.parameters()), allow_unused=True)
+    for fallback in ("unsupported", "all"):
+        result = shared_cotangent_rows(forward, module, weights, fallback=fallback)  # type: ignore[arg-type]
+        assert_rows(result.rows, expected, 1e-12)
+        assert not result.rows["unused.weight"].any()
+        for (name, p), g in zip(module.named_parameters(), plain, strict=True):
+            torch.testing.assert_close(result.shared[name], torch.zeros_like(p) if g is None else g)
+
+
+def test_rows_must_lead() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)).double()
+    x, weights = rand(5, 3, 4, seed=1), rand(5, 2, seed=2)
+
+    def forward() -> Tensor:  # the second layer sees rows and tokens in one dimension
+        return module[1](torch.tanh(module[0](x)).flatten(0, 1)).reshape(5, 3).sum(1)  # type: ignore[no-any-return]
+
+    with pytest.raises(ValueError, match=r"1: expected an input \[B, ..., in\] with B = 5 rows, got float64\[15, 4\]"):
+        shared_cotangent_rows(forward, module, weights)
+    result = shared_cotangent_rows(forward, module, weights, fallback="unsupported")
+    assert_rows(result.rows, k_passes(forward, module, weights), 1e-12)
+
+
+def test_reentrant_checkpointing_is_an_error_never_zeros() -> None:
+    module, weights = transformer(torch.float64, use_reentrant=True), rand(4, 2, seed=5)
+    x = rand(4, 5, 8, seed=4)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        shared_cotangent_rows(signal_of(module, x.requires_grad_()), module, weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that no input requires a gradient
+        with pytest.raises(ValueError, match="use_reentrant=False"):  # no input requires a gradient
+            shared_cotangent_rows(signal_of(module, x.detach()), module, weights)
+        head = nn.Linear(8, 8).double()  # a part of the model outside: the signal does depend on something
+
+        def forward() -> Tensor:
+            return head(module(x.detach())).square().flatten(1).mean(1)  # type: ignore[no-any-return]
+
+        with pytest.raises(ValueError, match=r"0\.0\.qkv.* without.*use_reentrant=False"):
+            shared_cotangent_rows(forward, nn.ModuleList([module, head]), weights)
+
+    inner = Block(use_reentrant=None).double()
+
+    def twice() -> Tensor:  # once inside reentrant checkpointing, once outside
+        y = checkpoint(inner, x.detach().requires_grad_(), use_reentrant=True)
+        return inner(y).square().flatten(1).mean(1)
+
+    with pytest.raises(ValueError, match="no reentrant checkpointing"):
+        shared_cotangent_rows(twice, inner, weights)
+
+
+def test_a_no_grad_forward_of_the_same_layers_is_fine() -> None:
+    module = transformer(torch.float64)
+    x, weights = rand(4, 5, 8, seed=4), rand(4, 2, seed=5)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            reference = module(x)
+        return (module(x) - 0.5 * reference).square().flatten(1).mean(1)
+
+    assert_rows(shared_cotangent_rows(forward, module, weights).rows, k_passes(forward, module, weights), 1e-12)
+
+
+def snapshot(module: nn.Module) -> list[Any]:
+    """Everything a call could leave behind."""
+    return [
+        [(name, m.training, sorted(m.__dict__), len(m._forward_hooks), len(m._backward_hooks)) for name, m in module.named_modules()],
+        [(name, p.requires_grad, p._version, None if p.grad is None else p.grad.clone()) for name, p in module.named_parameters()],
+    ]
+
+
+def test_nothing_is_left_behind() -> None:
+    module = lora_transformer(torch.float64)
+    module.eval()
+    x, weights = rand(4, 5, 8, seed=4), rand(4, 2, seed=5)
+    first = next(p for p in module.parameters() if p.requires_grad)
+    first.grad = torch.ones_like(first)
+    before = snapshot(module)
+    shared_cotangent_rows(signal_of(module, x), module, weights)
+
+    def fails_late() -> Tensor:
+        module(x)
+        raise RuntimeError("the forward failed")
+
+    with pytest.raises(RuntimeError, match="the forward failed"):
+        shared_cotangent_rows(fails_late, module, weights)
+
+    def fails_on_the_way_back() -> Tensor:
+        y = module(x)
+        y.register_hook(lambda grad: 1 / 0)
+        return y.square().flatten(1).mean(1)
+
+    with pytest.raises(ZeroDivisionError):
+        shared_cotangent_rows(fails_on_the_way_back, module, weights)
+    after = snapshot(module)
+    assert str(before) == str(after)
+    assert_rows(
+        shared_cotangent_rows(signal_of(module, x), module, weights).rows,
+        k_passes(signal_of(module, x), module, weights), 1e-12,
+    )
+
+
+def test_an_instance_forward_of_someone_else_is_left_alone() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)).double()
+    original = module[0].forward
+    module[0].forward = lambda input: 2 * original(input)  # type: ignore[method-assign,assignment]
+    x, weights = rand(5, 4, seed=1), rand(5, 2, seed=2)
+    forward = signal_of(module, x)
+    with pytest.raises(ValueError, match=r"got 0\.weight, 0\.bias"):
+        shared_cotangent_rows(forward, module, weights)
+    result = shared_cotangent_rows(forward, module, weights, fallback="unsupported")
+    assert_rows(result.rows, k_passes(forward, module, weights), 1e-12)
+    assert "forward" in module[0].__dict__
+
+
+def test_bad_input_is_named() -> None:
+    module, x = nn.Linear(4, 1), torch.ones(5, 4)
+    good = torch.ones(5, 2)
+    with pytest.raises(ValueError, match=r"weights: expected a floating-point tensor of shape \[B, K\]"):
+        shared_cotangent_rows(lambda: module(x).squeeze(-1), module, torch.ones(5))
+    with pytest.raises(ValueError, match=r"signal of shape \[B\] = \[5\], as weights has rows, got float32\[5, 1\]"):
+        shared_cotangent_rows(lambda: module(x), module, good)
+    with pytest.raises(ValueError, match="a scalar shared loss"):
+        shared_cotangent_rows(lambda: (module(x).squeeze(-1), module(x)), module, good)
+    with pytest.raises(ValueError, match="fallback"):
+        shared_cotangent_rows(lambda: module(x).squeeze(-1), module, good, fallback="none")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="depends on a trainable parameter"):
+        shared_cotangent_rows(lambda: x.sum(1), module, good)
+    with pytest.raises(ValueError, match="at least one parameter with requires_grad"):
+        shared_cotangent_rows(lambda: module(x).squeeze(-1), copy.deepcopy(module).requires_grad_(False), good)
+    with pytest.raises(ValueError, match=r"losses_fn\(params, \*args\): expected .* got float32\[\]"):
+        gradient_rows(lambda p: p.sum(), torch.ones(3))
+    with pytest.raises(ValueError, match="chunk_size"):
+        gradient_rows(lambda p: p, torch.ones(3), chunk_size=0)
+    with pytest.raises(ValueError, match="weights: expected a floating-point tensor of shape"):
+        combine_rows({"w": torch.ones(2, 3)}, torch.ones(3))
+    with pytest.raises(ValueError, match="same leading K"):
+        flatten_rows([torch.ones(2, 3), torch.ones(3, 3)])
+    with pytest.raises(ValueError, match="flat: expected P = 4 entries"):
+        unflatten_like(torch.ones(3), torch.ones(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_gradient_rows(dtype: torch.dtype, chunk_size: int | None) -> None:
+    module = transformer(dtype)
+    x, weights = rand(4, 5, 8, seed=4, dtype=dtype), rand(4, 3, seed=5, dtype=dtype)
+    params = dict(module.named_parameters())
+
+    def losses(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        y = torch.func.functional_call(module, params, (x,))
+        return y.square().flatten(1).mean(1) @ weights
+
+    rows = gradient_rows(losses, {name: p.detach() for name, p in params.items()}, x, chunk_size=chunk_size)
+    assert_rows(rows, k_passes(signal_of(module, x), module, weights), TOLERANCE[dtype])
+    assert_rows(rows, shared_cotangent_rows(signal_of(module, x), module, weights).rows, TOLERANCE[dtype])
+
+
+def test_combining_flattening_and_back() -> None:
+    rows = {"a": rand(3, 2, 2, seed=1), "b": [rand(3, 5, seed=2)]}
+    weights = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    flat = flatten_rows(rows)
+    assert flat.shape == (3, 9)
+    like = {"a": torch.zeros(2, 2), "b": [torch.zeros(5)]}
+    direction = combine_rows(rows, weights)
+    torch.testing.assert_close(unflatten_like(weights @ flat, like), direction)
+    torch.testing.assert_close(unflatten_like(flat, like), rows)
+    torch.testing.assert_close(direction["a"], 0.5 * rows["a"][0] - rows["a"][1] + 2 * rows["a"][2])
+    assert combine_rows(rows["a"].bfloat16(), weights).dtype == torch.bfloat16
+    assert combine_rows(torch.tensor([[torch.nan], [1.0]]), torch.tensor([0.0, 1.0])).isnan().all()
