@@ -4,8 +4,9 @@
 
 Peers: TorchJD's MGDA weighting (Frank-Wolfe), quadprog (Goldfarb-Idnani), SciPy's nnls, and Frank-Wolfe with an exact
 line search over the two newest vertices as in LibMTL. ``gap`` is the certificate relative to the shortest direction,
-``(w^T G w - min_k (G w)_k) / w^T G w``: 0 for an exact solution; ``lost`` counts instances in which the peer's direction
-has a negative inner product with a gradient although one without exists; ``-`` stands for no solution (an exception).
+``(w^T G w - min_k (G w)_k) / w^T G w``: 0 for an exact solution; ``lost`` counts instances in which the peer's
+direction has a negative inner product with a gradient although one without exists; ``-`` stands for no solution (an
+exception).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def quadprog_weights(G: Tensor) -> Tensor:
 
 
 def nnls_weights(G: Tensor) -> Tensor:
-    """``min |V^T u|^2 + (1^T u - 1)^2`` over ``u >= 0`` with ``G = V V^T`` has its solution along the min-norm weights."""
+    """Along the min-norm weights lies ``argmin |V^T u|^2 + (1^T u - 1)^2`` over ``u >= 0``, with ``G = V V^T``."""
     eigenvalues, Q = np.linalg.eigh(G.numpy() / float(G.diagonal().max()))
     root = (Q * np.sqrt(eigenvalues.clip(min=0))).T
     A = np.concatenate([root, np.ones((1, len(G)))])
@@ -128,8 +129,14 @@ def main() -> None:
     }
     count, repeats = (10, 3) if options.quick else (40, 5)
     versions = {"torch": torch.__version__, "torchjd": torchjd.__version__} if hasattr(torchjd, "__version__") else {}
-    where = {"date": datetime.date.today().isoformat(), "machine": platform.processor() or platform.machine(),
-             "python": platform.python_version(), "torch": torch.__version__, "threads": 1, **versions}
+    where = {
+        "date": datetime.date.today().isoformat(),
+        "machine": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": 1,
+        **versions,
+    }
     print(f"{where}\n{count} instances a row; time: median microseconds a solve (and times marble_core's)\n")
     rows = []
     print(f"{'kind':9} {'K':>4} " + " ".join(f"{name:>22}" for name in solvers))

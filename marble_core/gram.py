@@ -47,8 +47,9 @@ def gram_matrix(rows: Any, *, inv_metric: Any = None) -> Tensor:
     total: Tensor | None = None
     for x, inv in _leaf_pairs(rows, inv_metric):
         require_float("rows", x, "[K, ...]", range(1, 65))
-        require(inv is None or inv.shape == x.shape[1:], "inv_metric", f"a leaf of shape {list(x.shape[1:])}",
-                describe(inv))
+        require(
+            inv is None or inv.shape == x.shape[1:], "inv_metric", f"a leaf of shape {list(x.shape[1:])}", describe(inv)
+        )
         total = _add_product(total, x, x, inv)
     if total is None:
         raise ValueError("rows: expected at least one leaf [K, ...], got none.")

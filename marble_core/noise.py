@@ -115,9 +115,7 @@ def init_moments(rows: Any) -> Moments:
     return Moments(mean, torch.zeros(leaves[0].shape[0], dtype=torch.float64, device=leaves[0].device))
 
 
-def update_moments(
-    state: Moments, rows: Any, *, decay: float, active: Tensor | None = None
-) -> tuple[Moments, Any]:
+def update_moments(state: Moments, rows: Any, *, decay: float, active: Tensor | None = None) -> tuple[Moments, Any]:
     """One step of ``m_k <- decay m_k + (1 - decay) g_k``, and the means corrected for the empty start.
 
     The mean of the last ``1 / (1 - decay)`` gradients has that much less noise, at the price of some staleness; its

@@ -119,8 +119,13 @@ def min_norm_weights(gram: Tensor, *, floor: float = 0.0) -> Tensor:
         host = G if G.is_cpu else G.cpu()
         v = solve(host) if G.ndim == 2 else solve_batch(host)
     else:
-        require(K <= ENUMERATED, "gram", f"K <= {ENUMERATED} under torch.func.vmap or torch.compile", f"K = {K}",
-                "Call it outside the transform: batches are handled directly.")
+        require(
+            K <= ENUMERATED,
+            "gram",
+            f"K <= {ENUMERATED} under torch.func.vmap or torch.compile",
+            f"K = {K}",
+            "Call it outside the transform: batches are handled directly.",
+        )
         v = enumerate_supports(G)
     return (floor + c * v if floor else v).to(gram)
 

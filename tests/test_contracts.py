@@ -55,8 +55,12 @@ def stats(seed: int) -> mc.GroupStats:
 
 def alignment_stats(seed: int) -> mc.AlignmentStats:
     empty = mc.init_alignment_stats(3, bins=10)
-    return mc.update_alignment_stats(empty, rand(3, dtype=torch.float64, seed=seed).tanh(), torch.full((3,), 1 / 3).double(),
-                                     torch.tensor(0.5).double())
+    return mc.update_alignment_stats(
+        empty,
+        rand(3, dtype=torch.float64, seed=seed).tanh(),
+        torch.full((3,), 1 / 3).double(),
+        torch.tensor(0.5).double(),
+    )
 
 
 def unit(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -81,11 +85,14 @@ CASES: dict[str, Case] = {
     # advantages
     "group_advantages": Case(
         lambda R, groups, on: mc.group_advantages(R, groups, applicable=on),
-        lambda d, s: (rand(6, 2, dtype=d, seed=s), GROUPS, APPLICABLE), dtypes=HALF,
+        lambda d, s: (rand(6, 2, dtype=d, seed=s), GROUPS, APPLICABLE),
+        dtypes=HALF,
     ),
     "init_group_stats": Case(lambda: mc.init_group_stats(3, 2), lambda d, s: (), "float64", batched=False),
     "update_group_stats": Case(
-        mc.update_group_stats, lambda d, s: (stats(s), rand(6, 2, dtype=d, seed=s), GROUPS, APPLICABLE), "float64",
+        mc.update_group_stats,
+        lambda d, s: (stats(s), rand(6, 2, dtype=d, seed=s), GROUPS, APPLICABLE),
+        "float64",
         dtypes=HALF,
     ),
     "merge_group_stats": Case(mc.merge_group_stats, lambda d, s: (stats(s), stats(s + 1)), "float64"),
@@ -99,10 +106,13 @@ CASES: dict[str, Case] = {
         lambda d, s: (*(rand(6, 2, 4, dtype=d, seed=s + i) for i in range(4)), unit(6, dtype=d, seed=s)),
     ),
     "nft_loss": Case(mc.nft_loss, lambda d, s: tuple(unit(6, dtype=d, seed=s + i) for i in range(3)), dtypes=HALF),
-    "affine_terms": Case(mc.affine_terms, lambda d, s: tuple(unit(6, dtype=d, seed=s + i) for i in range(2)), dtypes=HALF),
+    "affine_terms": Case(
+        mc.affine_terms, lambda d, s: tuple(unit(6, dtype=d, seed=s + i) for i in range(2)), dtypes=HALF
+    ),
     "combine_interpolation": Case(
         mc.combine_interpolation,
-        lambda d, s: (rand(2, dtype=d, seed=s).softmax(0), unit(6, 2, dtype=d, seed=s)), dtypes=HALF,
+        lambda d, s: (rand(2, dtype=d, seed=s).softmax(0), unit(6, 2, dtype=d, seed=s)),
+        dtypes=HALF,
     ),
     "combine_advantages": Case(
         mc.combine_advantages, lambda d, s: (rand(2, dtype=d, seed=s), rand(6, 2, dtype=d, seed=s)), dtypes=HALF
@@ -130,7 +140,9 @@ CASES: dict[str, Case] = {
     # noise
     "init_gram_ema": Case(lambda: mc.init_gram_ema(3), lambda d, s: (), "float64", batched=False),
     "update_gram_ema": Case(
-        lambda state, G: mc.update_gram_ema(state, G, decay=0.9), lambda d, s: (mc.init_gram_ema(3), psd(d, s)), "float64"
+        lambda state, G: mc.update_gram_ema(state, G, decay=0.9),
+        lambda d, s: (mc.init_gram_ema(3), psd(d, s)),
+        "float64",
     ),
     "init_moments": Case(lambda rows: mc.init_moments(rows).mean, lambda d, s: (tree(d, s, 3),)),
     "update_moments": Case(
@@ -151,9 +163,12 @@ CASES: dict[str, Case] = {
     "init_coefficients": Case(lambda: mc.init_coefficients(3), lambda d, s: (), "float64", batched=False),
     "update_coefficients": Case(
         lambda state, h, G: mc.update_coefficients(state, h, guard=mc.Guard(G)),
-        lambda d, s: (mc.init_coefficients(3), harmonized(d, s), psd(d, s)), "float64",
+        lambda d, s: (mc.init_coefficients(3), harmonized(d, s), psd(d, s)),
+        "float64",
     ),
-    "ema_tree": Case(lambda old, new: mc.ema_tree(old, new, 0.9), lambda d, s: (tree(d, s), tree(d, s + 1)), dtypes=HALF),
+    "ema_tree": Case(
+        lambda old, new: mc.ema_tree(old, new, 0.9), lambda d, s: (tree(d, s), tree(d, s + 1)), dtypes=HALF
+    ),
     "old_policy_decay": Case(lambda: mc.old_policy_decay(100), lambda d, s: (), batched=False),
     "eval_ema_decay": Case(lambda: mc.eval_ema_decay(100), lambda d, s: (), batched=False),
     "refresh_due": Case(lambda: mc.refresh_due(100, 10), lambda d, s: (), batched=False),
@@ -164,8 +179,12 @@ CASES: dict[str, Case] = {
     "init_alignment_stats": Case(lambda: mc.init_alignment_stats(3), lambda d, s: (), batched=False),
     "update_alignment_stats": Case(
         mc.update_alignment_stats,
-        lambda d, s: (alignment_stats(s), rand(3, dtype=d, seed=s).tanh(), rand(3, dtype=d, seed=s).softmax(0),
-                      unit(dtype=d, seed=s)),
+        lambda d, s: (
+            alignment_stats(s),
+            rand(3, dtype=d, seed=s).tanh(),
+            rand(3, dtype=d, seed=s).softmax(0),
+            unit(dtype=d, seed=s),
+        ),
     ),
     "merge_alignment_stats": Case(mc.merge_alignment_stats, lambda d, s: (alignment_stats(s), alignment_stats(s + 1))),
     "summarize_alignment_stats": Case(mc.summarize_alignment_stats, lambda d, s: (alignment_stats(s),), "float64"),
@@ -257,7 +276,12 @@ def test_a_tensor_of_the_wrong_dtype_is_an_error_or_kept_apart(name: str) -> Non
     """Integers where floats belong raise ``ValueError``; they are never silently computed with."""
     case = CASES[name]
     args = case.args(torch.float64, 0)
-    if any(isinstance(a, tuple) for a in args) or name in ("shared_cotangent_rows", "ema_tree", "gradient_rows", "unflatten_like"):
+    if any(isinstance(a, tuple) for a in args) or name in (
+        "shared_cotangent_rows",
+        "ema_tree",
+        "gradient_rows",
+        "unflatten_like",
+    ):
         return  # states and models, and trees that may hold integers
     wrong = pytree.tree_map(lambda x: x.long() if isinstance(x, Tensor) and x.is_floating_point() else x, args)
     with pytest.raises(ValueError, match="expected"):
@@ -266,8 +290,14 @@ def test_a_tensor_of_the_wrong_dtype_is_an_error_or_kept_apart(name: str) -> Non
 
 @pytest.mark.parametrize(
     "state",
-    [stats(0), alignment_stats(0), mc.init_coefficients(3), mc.init_gram_ema(3), mc.init_moments(tree(torch.float32, 0, 3)),
-     harmonized(torch.float32, 0)],
+    [
+        stats(0),
+        alignment_stats(0),
+        mc.init_coefficients(3),
+        mc.init_gram_ema(3),
+        mc.init_moments(tree(torch.float32, 0, 3)),
+        harmonized(torch.float32, 0),
+    ],
     ids=lambda state: type(state).__name__,
 )
 def test_states_survive_torch_save(state: Any) -> None:

@@ -50,8 +50,21 @@ def hard_rows(kind: str, K: int, seed: int) -> Tensor:
     return g
 
 
-KINDS = ("random", "lognormal", "spread", "one tiny", "duplicates", "opposite", "collinear", "all collinear", "rank",
-         "spread rank", "zero row", "all zero", "identical")
+KINDS = (
+    "random",
+    "lognormal",
+    "spread",
+    "one tiny",
+    "duplicates",
+    "opposite",
+    "collinear",
+    "all collinear",
+    "rank",
+    "spread rank",
+    "zero row",
+    "all zero",
+    "identical",
+)
 
 
 def assert_exact(G: Tensor, w: Tensor) -> None:
@@ -156,7 +169,7 @@ def test_vmap_and_compile_without_reading_a_value() -> None:
         compiled = torch.compile(min_norm_weights, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(G), loop, rtol=0, atol=1e-9)
         assert min_norm_weights(G.to("meta")).shape == loop.shape
-    with pytest.raises(ValueError, match="K <= 8 under torch.func.vmap or torch.compile, got K = 9"):
+    with pytest.raises(ValueError, match=r"K <= 8 under torch.func.vmap or torch.compile, got K = 9"):
         torch.func.vmap(min_norm_weights)(torch.eye(9).expand(2, 9, 9))
 
 
@@ -230,7 +243,10 @@ def test_project_simplex() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: min_norm_weights(torch.ones(2, 3)), r"gram: expected a floating-point Gram matrix .* got float32\[2, 3\]"),
+        (
+            lambda: min_norm_weights(torch.ones(2, 3)),
+            r"gram: expected a floating-point Gram matrix .* got float32\[2, 3\]",
+        ),
         (lambda: min_norm_weights(torch.ones(2, 2, dtype=torch.int64)), r"gram: .* got int64\[2, 2\]"),
         (lambda: min_norm_weights(torch.ones(3)), "gram"),
         (lambda: min_norm_weights(torch.eye(2), floor=0.6), r"floor: expected a number in \[0, 0.5\], got float 0.6"),
@@ -240,6 +256,6 @@ def test_project_simplex() -> None:
         (lambda: project_simplex(torch.zeros(2, 0)), "x: expected at least one entry"),
     ],
 )
-def test_bad_input_is_named(call, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_bad_input_is_named(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
