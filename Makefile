@@ -7,8 +7,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 INSTALL ?= yes
-# Two workers: the suite is many small tensors, and threads inside an operation only get in each other's way.
-WORKERS ?= 2
+# Worker processes for the tests. A worker imports everything anew, which for `make test` costs what it saves.
+WORKERS ?= 0
+# The suite is many small tensors: threads inside an operation only get in each other's way.
 export OMP_NUM_THREADS ?= 1
 
 PY := $(VENV)/bin/python
@@ -31,12 +32,13 @@ test: check ## everything that has to pass before a change lands
 
 demo: $(DEV) ## the README's example; the training demo arrives with the reference trainer
 	@echo "The training demo arrives with the reference trainer; until then, this is the README's example:"
-	@$(PY) examples/two_rewards.py
+	@$(PY) -m examples.two_rewards
 
 check: $(DEV) ## lint and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
+props: WORKERS = 2
 props: $(DEV) ## the property tests with ten times the examples
 	HYPOTHESIS_PROFILE=props $(PY) -m pytest -n $(WORKERS) property_tests
 
@@ -44,8 +46,8 @@ docs: $(DOCS) ## the documentation, into site/
 	$(PY) -m zensical build --strict --clean
 
 bench: $(DEV) ## tables of speed and accuracy
-	$(PY) benchmarks/solver.py
-	$(PY) benchmarks/gradients.py
+	$(PY) -m benchmarks.solver
+	$(PY) -m benchmarks.gradients
 
 clean: ## what the other targets leave behind, the environment included
 	rm -rf .venv site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .cache

@@ -4,9 +4,9 @@
 
 The model is a small SD3 transformer (4 blocks, width 256) with LoRA of rank 16 on attention, 8 rows. Times are the
 median of repeats taken in turns, relative to one forward and one ordinary backward of the same model in the same run.
-A full harmonization needs the K rows and the gradient of the shared loss (prox and KL): the shared route takes both from one
-forward and two backwards; the others take one forward and K + 1 backwards. ``error`` is the largest difference of the
-rows from those of K passes, relative to the largest entry.
+A full harmonization needs the K rows and the gradient of the shared loss (prox and KL): the shared route takes both
+from one forward and two backwards; the others take one forward and K + 1 backwards. ``error`` is the largest difference
+of the rows from those of K passes, relative to the largest entry.
 """
 
 from __future__ import annotations
