@@ -20,6 +20,12 @@ _EPS = torch.finfo(torch.float64).eps
 _FLOATS = 16  # up to this K Python floats are quicker than a LAPACK call per step
 
 
+def apply_floor(G: Tensor, floor: float, c: float | Tensor) -> Tensor:
+    """Gram of ``c g_k + floor sum_l g_l``: with ``w = floor + c v`` its min-norm ``v`` is on the plain simplex."""
+    row = G.sum(-1, keepdim=True)
+    return c * c * G + c * floor * (row + row.mT) + floor * floor * row.sum(-2, keepdim=True)
+
+
 def solve(G: Tensor) -> Tensor:
     """One Gram ``[K, K]`` on the host: the easy case in plain floats or a few LAPACK calls, else with every care."""
     K = G.shape[-1]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from marble_core._check import describe, has_readable_values, require, require_gram, require_range
+from marble_core._min_norm import apply_floor
 from marble_core.gram import normalize_gram
-from marble_core.simplex import apply_floor, min_norm_weights
+from marble_core.simplex import min_norm_weights
 
 _STATIONARY = 1e-6  # a shorter direction of unit gradients is what rounding of float32 gradients leaves of 0
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from marble_core._check import has_readable_values, require, require_float, require_gram, require_range
-from marble_core._min_norm import ENUMERATED, enumerate_supports, solve, solve_batch
+from marble_core._min_norm import ENUMERATED, apply_floor, enumerate_supports, solve, solve_batch
 
 
 def project_simplex(x: Tensor) -> Tensor:
@@ -128,9 +128,3 @@ def min_norm_weights(gram: Tensor, *, floor: float = 0.0) -> Tensor:
         )
         v = enumerate_supports(G)
     return (floor + c * v if floor else v).to(gram)
-
-
-def apply_floor(G: Tensor, floor: float, c: float | Tensor) -> Tensor:
-    """Gram of ``c g_k + floor sum_l g_l``: with ``w = floor + c v`` its min-norm ``v`` is on the plain simplex."""
-    row = G.sum(-1, keepdim=True)
-    return c * c * G + c * floor * (row + row.mT) + floor * floor * row.sum(-2, keepdim=True)
