@@ -24,7 +24,7 @@ class Harmonization(NamedTuple):
         coefficients: ``[..., K]``, ``c_k = n_bar w_k / |g_k|`` for the raw gradients, ``n_bar`` the mean active norm.
         norms: ``[..., K]``, ``|g_k|``.
         direction_norm: ``[...]``, ``|d*|`` of ``d* = sum_k w_k g_k / |g_k|``, in [0, 1].
-        cosines: ``[..., K]``, ``cos(d, g_k)`` on this batch; 0 where not active or where ``d* = 0``.
+        cosines: ``[..., K]``, ``cos(d, g_k)`` on this batch; 0 where not active or stationary.
         gap: ``[...]``, ``|d*|^2 - min_k <d*, g_k / |g_k|>`` over the active rewards: 0 if every reward is served.
         active: ``[..., K]`` bool, rewards with signal.
         stationary: ``[...]`` bool, ``|d*|`` is 0 to rounding (or nothing is active): no direction improves all.
@@ -96,7 +96,7 @@ def harmonize(
     stationary = (direction_norm <= _STATIONARY) | ~any_active
     n_bar = torch.where(active, norms, 0.0).sum(-1, keepdim=True) / active.sum(-1, keepdim=True).clamp(min=1)
     length = direction_norm.unsqueeze(-1)
-    cosines = torch.where(active & (length > 0), G_w / torch.where(length > 0, length, 1.0), 0.0)
+    cosines = torch.where(active & ~stationary.unsqueeze(-1), G_w / torch.where(length > 0, length, 1.0), 0.0)
     gap = torch.where(any_active, direction_norm.square() - torch.where(active, G_w, torch.inf).amin(-1), 0.0)
     c = torch.where(active, n_bar * w / torch.where(active, norms, 1.0), 0.0)
     w, c, norms, cosines = (x.to(gram.dtype) for x in (w, c, norms, cosines))
