@@ -10,10 +10,14 @@ by trying every support (K <= 8), or by an active-set method and a projection on
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from operator import mul
 
 import torch
 from torch import Tensor
+
+# Weights on a support S up to scale, and the slack of the KKT conditions outside; None where that is ill-posed.
+_SolveOn = Callable[[list[int], list[int]], "tuple[list[float], list[float]] | None"]
 
 ENUMERATED = 8  # up to this K all 2^K - 1 supports can be tried at once
 _EPS = torch.finfo(torch.float64).eps
@@ -29,10 +33,12 @@ def apply_floor(G: Tensor, floor: float, c: float | Tensor) -> Tensor:
 def solve(G: Tensor) -> Tensor:
     """One Gram ``[K, K]`` on the host: the easy case in plain floats or a few LAPACK calls, else with every care."""
     K = G.shape[-1]
-    if K <= _FLOATS:
-        easy = _solve_floats(G.tolist())
-        if easy is not None:
-            return torch.tensor(easy, dtype=torch.float64)
+    rows = G.tolist() if K <= _FLOATS else []
+    diagonal = [rows[i][i] for i in range(K)] if rows else G.diagonal().tolist()
+    if min(diagonal) > 0.0 and max(diagonal) < math.inf:
+        easy = _pivot(diagonal, _on_floats(rows, min(diagonal)) if rows else _on_tensors(G, 0.0, 1e-4))
+        if easy is not None and easy[1]:
+            return torch.tensor(easy[0], dtype=torch.float64)
     if K <= ENUMERATED:
         return enumerate_supports(G)
     if not G.isfinite().all():
@@ -41,11 +47,9 @@ def solve(G: Tensor) -> Tensor:
     if zero.any():
         return zero.double() / zero.sum()
     a, G_hat = _unit_diagonal(G)
-    u, clear = _pivot(G_hat, a, 0.0)
-    if not clear:
-        order = _canonical_order(G_hat)
-        u = torch.empty_like(a)
-        u[order] = _solve_degenerate(G_hat[order][:, order], a[order])
+    order = _canonical_order(G_hat)
+    u = torch.empty_like(a)
+    u[order] = _solve_degenerate(G[order][:, order], a[order], G_hat[order][:, order])
     w = u * a
     return w / w.sum()
 
@@ -73,37 +77,72 @@ def _canonical_order(G_hat: Tensor) -> Tensor:
     return (G_hat.pow(2).sum(-1) + G_hat.pow(3).sum(-1)).argsort(dim=-1, stable=True)
 
 
-def _solve_floats(G: list[list[float]]) -> list[float] | None:
-    """Principal pivoting for a small Gram in Python floats; None unless the solution is clearly unique.
+def _pivot(diagonal: list[float], solve_on: _SolveOn) -> tuple[list[float], bool] | None:
+    """Block principal pivoting (Kim and Park, 2011): the weights, and whether they are unique beyond rounding.
 
-    On a support the weights solve ``(G + m 1 1^T) w = 1`` up to scale, whatever ``m > 0``; Cholesky needs no scaling.
+    On a support the weights solve ``(G + m 1 1^T) w = 1`` up to scale, for any ``m > 0``; entries with a negative
+    weight or slack change sides until there is none. None where the problem is too close to singular, or too slow.
     """
-    K = len(G)
-    diagonal = [G[i][i] for i in range(K)]
-    for g in diagonal:
-        if not 0.0 < g < math.inf:
+    K, m = len(diagonal), min(diagonal)
+    S, out = list(range(K)), list[int]()
+    fewest, patience = K + 1, 3
+    for _ in range(40):
+        solved = solve_on(S, out)
+        if solved is None:
             return None
-    m = min(diagonal)
-    S = list(range(K))
-    for _ in range(2 * K):
+        w, slack = solved
+        wrong = [i for i, w_i in zip(S, w, strict=True) if w_i <= 0.0]
+        wrong += [k for k, y in zip(out, slack, strict=True) if y < 0.0]
+        if not wrong:
+            clear = all([w_i * w_i * m * diagonal[i] > 1e-16 for i, w_i in zip(S, w, strict=True)])
+            clear = clear and all([y * y * m > 1e-16 * diagonal[k] for k, y in zip(out, slack, strict=True)])
+            weights, total = [0.0] * K, sum(w)
+            for i, w_i in zip(S, w, strict=True):
+                weights[i] = w_i / total
+            return weights, clear
+        if len(wrong) < fewest:
+            fewest, patience = len(wrong), 3
+        elif patience > 0:
+            patience -= 1
+        else:  # Murty's rule, slow and finite: exchange the last one alone
+            wrong = [max(wrong)]
+        inside = set(S).symmetric_difference(wrong)
+        S, out = sorted(inside), [k for k in range(K) if k not in inside]
+    return None
+
+
+def _on_floats(G: list[list[float]], m: float) -> _SolveOn:
+    """Solve on supports of a small Gram in Python floats."""
+
+    def solve_on(S: list[int], out: list[int]) -> tuple[list[float], list[float]] | None:
         w = _solve_support(G, m, S)
         if w is None:
             return None
-        out = [k for k in range(K) if k not in S] if len(S) < K else []
-        total = sum(w)
-        slack = [sum([G[k][j] * w_j for j, w_j in zip(S, w, strict=True)]) + m * total - 1.0 for k in out]
-        keep = [i for i, w_i in zip(S, w, strict=True) if w_i > 0.0]
-        enter = [k for k, y in zip(out, slack, strict=True) if y < 0.0]
-        if len(keep) == len(S) and not enter:
-            clear = all([w_i * w_i * m * diagonal[i] > 1e-16 for i, w_i in zip(S, w, strict=True)])
-            if not (clear and all([y * y * m > 1e-16 * diagonal[k] for k, y in zip(out, slack, strict=True)])):
-                return None  # right, but too close to a tie
-            weights = [0.0] * K
-            for i, w_i in zip(S, w, strict=True):
-                weights[i] = w_i / total
-            return weights
-        S = sorted(keep + enter)
-    return None
+        shift = m * sum(w) - 1.0
+        return w, [sum([G[k][j] * w_j for j, w_j in zip(S, w, strict=True)]) + shift for k in out]
+
+    return solve_on
+
+
+def _on_tensors(G: Tensor, ridge: float, least_pivot: float) -> _SolveOn:
+    """Solve on supports of a Gram by LAPACK, refined once; a ridge (relative to the diagonal) makes it regular."""
+    d = G.diagonal()
+    M = G + d.min() + torch.diag(ridge * d)
+    ones = torch.ones_like(d).unsqueeze(-1)
+
+    def solve_on(S: list[int], out: list[int]) -> tuple[list[float], list[float]] | None:
+        i = torch.tensor(S)
+        rows, d_S, b = (M[i], d[i], ones[: len(S)]) if out else (M, d, ones)
+        A = rows[:, i] if out else M
+        L, info = torch.linalg.cholesky_ex(A)
+        if info or (L.diagonal().square() < least_pivot * d_S).any():
+            return None
+        w = torch.cholesky_solve(b, L)
+        w = w + torch.cholesky_solve(b - A @ w, L)
+        slack = (w.mT @ rows).squeeze(0).tolist() if out else []
+        return w.squeeze(-1).tolist(), [slack[k] - 1.0 for k in out]
+
+    return solve_on
 
 
 def _solve_support(G: list[list[float]], m: float, S: list[int]) -> list[float] | None:
@@ -113,7 +152,7 @@ def _solve_support(G: list[list[float]], m: float, S: list[int]) -> list[float] 
     for i in S:
         G_i = G[i]
         row: list[float] = []
-        for j, L_j in zip(S, L):  # noqa: B905  (L is still shorter than S)
+        for j, L_j in zip(S, L, strict=False):  # L is still shorter than S
             row.append((G_i[j] + m - sum(map(mul, row, L_j))) / L_j[-1])
         pivot = G_i[i] + m - sum(map(mul, row, row))
         if not pivot >= 1e-4 * G_i[i]:
@@ -130,41 +169,11 @@ def _solve_support(G: list[list[float]], m: float, S: list[int]) -> list[float] 
     return z
 
 
-def _pivot(G_hat: Tensor, a: Tensor, ridge: float) -> tuple[Tensor, bool]:
-    """Block principal pivoting (Kim and Park, 2011); ``clear`` says that the solution is unique beyond rounding."""
-    K = a.shape[0]
-    F = torch.ones_like(a)
-    fewest, patience = K + 1, 3
-    for _ in range(40):
-        b = F * a
-        b = b / b.max()
-        M = torch.addr(G_hat * torch.outer(F, F), b, b)
-        M.diagonal().add_(1.0 - F + ridge)
-        L, info = torch.linalg.cholesky_ex(M)
-        if info:
-            break
-        u = torch.cholesky_solve(b.unsqueeze(-1), L)
-        u = (u + torch.cholesky_solve(b.unsqueeze(-1) - M @ u, L)).squeeze(-1)  # refined once
-        # outside F the slack of the KKT conditions, inside F the weight: each entry must be positive
-        margin = torch.where(F > 0, u, G_hat @ u - (1.0 - b @ u) * a / (F * a).max())
-        wrong = margin <= 0
-        count = int(wrong.sum())
-        if count == 0:
-            return u * F, bool(margin.min() > 1e-8) and bool(L.diagonal().min() > 1e-2)
-        if count < fewest:
-            fewest, patience = count, 3
-        elif patience > 0:
-            patience -= 1
-        else:  # Murty's rule, slow and finite: exchange the last one alone
-            wrong = torch.zeros_like(wrong).index_fill_(0, wrong.nonzero()[-1], True)
-        F = torch.where(wrong, 1.0 - F, F)
-    return a / a.sum(), False
-
-
-def _solve_degenerate(G_hat: Tensor, a: Tensor) -> Tensor:
+def _solve_degenerate(G: Tensor, a: Tensor, G_hat: Tensor) -> Tensor:
     """The canonical minimizer when the problem is singular or nearly so: any optimum, then the shortest one."""
-    start, _ = _pivot(G_hat, a, 1e-8)
-    u = _active_set(G_hat, a, 1.0 / a, start.clamp(min=0))
+    start = _pivot(G.diagonal().tolist(), _on_tensors(G, 1e-8, 0.0))
+    u = a if start is None else torch.tensor(start[0], dtype=a.dtype) / a
+    u = _active_set(G_hat, a, 1.0 / a, u)
     return _shortest_minimizer(G_hat, a, u)
 
 

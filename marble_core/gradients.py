@@ -42,8 +42,13 @@ def gradient_rows(losses_fn: Callable[..., Tensor], params: Any, *args: Any, chu
     """
     ok = chunk_size is None or (isinstance(chunk_size, int) and chunk_size >= 1)
     require(ok, "chunk_size", "None or an integer >= 1", describe(chunk_size))
-    losses, pullback, *_ = torch.func.vjp(lambda p: losses_fn(p, *args), params)
-    require_float("losses_fn(params, *args)", losses, "[K]", (1,))
+
+    def checked(params: Any) -> Tensor:
+        losses = losses_fn(params, *args)
+        require_float("losses_fn(params, *args)", losses, "[K]", (1,))
+        return losses
+
+    losses, pullback, *_ = torch.func.vjp(checked, params)
     eye = torch.eye(losses.shape[0], dtype=losses.dtype, device=losses.device)
     (rows,) = torch.func.vmap(pullback, chunk_size=chunk_size)(eye)
     return rows

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from marble_core._check import describe, require, require_float
 
 _Keys = tuple[str | None, str | None]  # names of a layer's weight and bias; None where not trainable
+_Fallback = Literal["error", "unsupported", "all"]
 _REENTRANT = "Use torch.utils.checkpoint with use_reentrant=False, and run the layer with gradients enabled."
 
 
@@ -38,7 +41,7 @@ def shared_cotangent_rows(
     module: nn.Module,
     weights: Tensor,
     *,
-    fallback: Literal["error", "unsupported", "all"] = "error",
+    fallback: _Fallback = "error",
 ) -> SharedRows:
     """K weighted gradients from one forward and one backward: ``rows_k = sum_b weights_bk d signal_b / d theta``.
 
@@ -49,8 +52,10 @@ def shared_cotangent_rows(
 
     Serves ``nn.Linear`` layers whose input starts with the B rows, LoRA's among them; a layer may be used several
     times and parameters may be tied. For other trainable parameters (a norm's scale, a convolution, a weight also used
-    outside its layer) choose a ``fallback``. Autocast and non-reentrant checkpointing work as usual. Rows of several
-    micro-batches add up. Nothing is left behind: hooks, ``.grad``, flags and modes are as before, also after an error.
+    outside its layer) choose a ``fallback``. Rows must not mix inside the model (no batch statistics, no other
+    dimension of size B in front): no check can see that. Autocast and non-reentrant checkpointing work as usual.
+    Rows of several micro-batches add up: the caller sums them, then takes the Gram matrix. Nothing is left behind:
+    forwards, hooks, ``.grad``, flags and modes are as before, also after an error.
 
     Args:
         forward: runs ``module`` and returns ``signal [B]``, entry b depending on row b alone, or ``(signal, shared)``
@@ -80,50 +85,56 @@ def shared_cotangent_rows(
     ok = fallback in ("error", "unsupported", "all")
     require(ok, "fallback", '"error", "unsupported" or "all"', describe(fallback))
     require_float("weights", weights, "[B, K]", (2,))
+    require(min(weights.shape) > 0, "weights", "at least one row and one reward", describe(weights))
     params = {name: p for name, p in module.named_parameters() if p.requires_grad}
     require(len(params) > 0, "module", "at least one parameter with requires_grad", "none")
-    state = _State(weights.detach(), strict=fallback == "error")
-    with _patched(module, params, state) if fallback != "all" else nullcontext():
+    state = _State(weights.detach(), {id(p): name for name, p in params.items()})
+    with _patched(module, state, serve=fallback != "all"):
         signal, shared = _split(forward(), weights)
-        state.check(signal)
+        state.check(signal, shared)
         rows = _rows(signal, params, state, retain=shared is not None, fallback=fallback)
-        state.mode = "plain"
         grads: dict[str, Tensor] = {}
         if shared is not None:
-            require(shared.requires_grad, "forward()", "a shared loss that depends on a trainable parameter", "none")
             found = torch.autograd.grad(shared, list(params.values()), allow_unused=True)
             named = zip(params.items(), found, strict=True)
             grads = {name: torch.zeros_like(p) if g is None else g for (name, p), g in named}
     return SharedRows(rows, grads, signal.detach(), None if shared is None else shared.detach())
 
 
-def _split(out: Tensor | tuple[Tensor, Tensor], weights: Tensor) -> tuple[Tensor, Tensor | None]:
+def _split(out: object, weights: Tensor) -> tuple[Tensor, Tensor | None]:
     """``forward``'s result as ``(signal [B], shared or None)``, checked."""
+    if isinstance(out, tuple):
+        require(len(out) == 2, "forward()", "signal or (signal, shared)", f"a tuple of {len(out)}")
     signal, shared = out if isinstance(out, tuple) else (out, None)
     B = weights.shape[0]
     ok = isinstance(signal, Tensor) and signal.is_floating_point() and signal.shape == torch.Size([B])
     require(ok, "forward()", f"signal of shape [B] = [{B}], as weights has rows", describe(signal))
-    require(shared is None or shared.ndim == 0, "forward()", "a scalar shared loss", describe(shared))
     require(signal.requires_grad, "forward()", "a signal that depends on a trainable parameter", "none", _REENTRANT)
+    if shared is not None:
+        ok = isinstance(shared, Tensor) and shared.is_floating_point() and shared.ndim == 0
+        require(ok, "forward()", "a scalar shared loss", describe(shared))
+        expected = "a shared loss that depends on a trainable parameter"
+        require(shared.requires_grad, "forward()", expected, "none", _REENTRANT)
     return signal, shared
 
 
 def _rows(
-    signal: Tensor, params: dict[str, nn.Parameter], state: _State, *, retain: bool, fallback: str
+    signal: Tensor, params: dict[str, nn.Parameter], state: _State, *, retain: bool, fallback: _Fallback
 ) -> dict[str, Tensor]:
     """The one backward for all K, then K passes for what it could not serve, if the caller wants them."""
-    K = state.weights.shape[1]
-    rows = {name: torch.zeros(K, *p.shape, dtype=p.dtype, device=p.device) for name, p in params.items()}
-    missing = list(params)
+    K, missing = state.weights.shape[1], list(params)
     if fallback != "all":
-        keep = retain or fallback == "unsupported"
+        state.mode, keep = "rows", retain or fallback == "unsupported"
         ones = torch.ones_like(signal)
         found = torch.autograd.grad(signal, list(params.values()), ones, retain_graph=keep, allow_unused=True)
-        rows |= {name: row.to(params[name].dtype) for name, row in state.rows.items()}
+        # A gradient that arrives by itself took a way that no patched layer saw.
         missing = [name for name, g in zip(params, found, strict=True) if g is not None]
-        fix = 'Freeze them, or pass fallback="unsupported" for K backward passes of their own.'
-        ok, expected = fallback != "error" or not missing, "trainable parameters of nn.Linear layers alone"
-        require(ok, "module", expected, ", ".join(missing), fix)
+        if fallback == "error":
+            state.require_served(missing)
+    rows = {
+        name: state.rows[name].to(p.dtype) if name in state.rows else p.new_zeros((K, *p.shape), requires_grad=False)
+        for name, p in params.items()
+    }
     state.mode = "silent"
     for k in range(K if missing else 0):
         last = k == K - 1 and not retain
@@ -132,6 +143,7 @@ def _rows(
         for name, g in zip(missing, found, strict=True):
             if g is not None:
                 rows[name][k] += g
+    state.mode = "plain"
     return rows
 
 
@@ -140,28 +152,47 @@ class _State:
     """What the patched layers of one call share."""
 
     weights: Tensor
-    strict: bool
-    mode: Literal["rows", "silent", "plain"] = "rows"
+    names: dict[int, str]  # of the trainable parameters, by identity
+    # What a served layer does on the way back: ordinary gradients, as `forward` itself may take some, or the rows and
+    # none for its parameters, or no more than the gradient of its input.
+    mode: Literal["plain", "rows", "silent"] = "plain"
     rows: dict[str, Tensor] = field(default_factory=dict)
-    seen: set[str] = field(default_factory=set)
+    misfits: dict[str, tuple[str, str]] = field(default_factory=dict)  # parameter: its layer, the input's shape
+    seen: set[str] = field(default_factory=set)  # modules run with gradients, and without
     blind: set[str] = field(default_factory=set)
+
+    def key(self, p: Tensor | None) -> str | None:
+        """The name of a trainable parameter, None for anything else."""
+        return self.names.get(id(p)) if p is not None and p.requires_grad else None
 
     def add(self, name: str, row: Tensor) -> None:
         """Add to the rows of a parameter, which may be used more than once."""
         self.rows[name] = self.rows[name] + row if name in self.rows else row
 
-    def check(self, signal: Tensor) -> None:
+    def watch(self, name: str, m: nn.Module, args: object) -> None:
+        """Forward pre-hook: whether a module with trainable parameters runs with gradients."""
+        (self.seen if torch.is_grad_enabled() else self.blind).add(name)
+
+    def check(self, signal: Tensor, shared: Tensor | None) -> None:
         """Reentrant checkpointing runs its layers without gradients at first and would lose them here."""
         never = ", ".join(sorted(self.blind - self.seen))
         require(not never, "forward()", "trainable layers run with gradients", f"{never} without", _REENTRANT)
-        if self.blind:
-            reentrant = any(node.name().startswith("CheckpointFunction") for node in _graph(signal))
-            require(not reentrant, "forward()", "no reentrant checkpointing", "CheckpointFunction", _REENTRANT)
+        reentrant = any(node.name().startswith("CheckpointFunction") for node in _graph(signal, shared))
+        require(not reentrant, "forward()", "no reentrant checkpointing", "CheckpointFunction", _REENTRANT)
+
+    def require_served(self, missing: list[str]) -> None:
+        """No parameter is missing, or an error that says which and why."""
+        for layer, got in (self.misfits[name] for name in missing if name in self.misfits):
+            expected = f"an input [B, ..., in] with B = {self.weights.shape[0]} rows"
+            fix = 'Keep the rows in the first dimension, or pass fallback="unsupported".'
+            require(False, layer, expected, got, fix)
+        fix = 'Freeze them, or pass fallback="unsupported" for K backward passes of their own.'
+        require(not missing, "module", "trainable parameters of nn.Linear layers alone", ", ".join(missing), fix)
 
 
-def _graph(x: Tensor) -> Iterator[Any]:
-    """Nodes of the autograd graph behind ``x``."""
-    seen, todo = set(), [x.grad_fn]
+def _graph(*outputs: Tensor | None) -> Iterator[Any]:
+    """Nodes of the autograd graph behind ``outputs``."""
+    seen, todo = set(), [x.grad_fn for x in outputs if x is not None]
     while todo:
         node = todo.pop()
         if node is not None and node not in seen:
@@ -171,43 +202,48 @@ def _graph(x: Tensor) -> Iterator[Any]:
 
 
 @contextmanager
-def _patched(module: nn.Module, params: dict[str, nn.Parameter], state: _State) -> Iterator[None]:
-    """Every plain linear layer with a trainable parameter collects rows; undone on the way out."""
-    names = {id(p): name for name, p in params.items()}
-    layers = [(name, m) for name, m in module.named_modules() if _served(m)]
+def _patched(module: nn.Module, state: _State, *, serve: bool) -> Iterator[None]:
+    """Watch every module with a trainable parameter; plain linear layers collect rows. Undone on the way out."""
+    watched, before = [], []
     try:
-        for name, m in layers:
-            m.forward = _forward(name or "module", m, names, state)
+        for name, m in module.named_modules():
+            if any(id(p) in state.names for p in m.parameters(recurse=False)):
+                hook = functools.partial(state.watch, name or "module")
+                watched.append(m.register_forward_pre_hook(hook))
+                if serve and _is_plain_linear(m):
+                    before.append((m, m.__dict__.get("forward")))
+                    m.__dict__["forward"] = _forward(state, name or "module", m)
         yield
     finally:
-        for _, m in layers:
-            m.__dict__.pop("forward", None)
+        state.mode = "plain"
+        for m, forward in before:
+            del m.__dict__["forward"]
+            if forward is not None:
+                m.__dict__["forward"] = forward
+        for handle in watched:
+            handle.remove()
 
 
-def _served(m: nn.Module) -> bool:
-    """A linear layer whose forward is nn.Linear's own and whose weight is a plain parameter, one of them trainable."""
-    own = isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward and "forward" not in m.__dict__
-    return own and "weight" in m._parameters and any(p.requires_grad for p in m.parameters(recurse=False))
+def _is_plain_linear(m: nn.Module) -> bool:
+    """A linear layer that runs nn.Linear's own forward, or that of a call around this one, on a plain parameter."""
+    forward = m.__dict__.get("forward")
+    own = forward is None or getattr(forward, "__module__", None) == __name__
+    return own and isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward and "weight" in m._parameters
 
 
-def _forward(name: str, m: nn.Module, names: dict[int, str], state: _State) -> Callable[[Tensor], Tensor]:
-    """The forward of a linear layer that collects rows on the way back."""
-    W, b = m.weight, m.bias
-    keys = (names.get(id(W)), names.get(id(b)))
+def _forward(state: _State, name: str, m: nn.Module) -> Callable[[Tensor], Tensor]:
+    """``nn.Linear.forward`` that collects rows on the way back, for the parameters the layer has when it runs."""
 
     def forward(input: Tensor) -> Tensor:
-        B = state.weights.shape[0]
-        rows_lead = input.ndim >= 2 and input.shape[0] == B
-        if not torch.is_grad_enabled():
-            state.blind.add(name)
-        else:
-            state.seen.add(name)
-            fix = 'Keep the rows in the first dimension, or pass fallback="unsupported".'
-            ok = rows_lead or not state.strict
-            require(ok, name, f"an input [B, ..., in] with B = {B} rows", describe(input), fix)
-            if rows_lead:
+        W, b = m.weight, m.bias
+        keys = state.key(W), state.key(b)
+        # Tensors that stand in for parameters (functional_call, a parametrization) lead back to them by autograd alone.
+        foreign = any(p is not None and p.requires_grad and not key for p, key in zip((W, b), keys, strict=True))
+        if torch.is_grad_enabled() and any(keys) and not foreign:
+            if input.ndim >= 2 and input.shape[0] == state.weights.shape[0]:
                 return _SharedLinear.apply(input, W, b, keys, state)  # type: ignore[no-any-return,no-untyped-call]
-        return F.linear(input, W, b)  # type: ignore[arg-type]
+            state.misfits.update({key: (name, describe(input)) for key in keys if key})
+        return F.linear(input, W, b)
 
     return forward
 
@@ -224,25 +260,26 @@ class _SharedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        """Input gradient; then the rows, or the ordinary gradients, or nothing more."""
+        """Input gradient; then the rows, or the ordinary gradients, or nothing more. Autograd casts them."""
         x, W = ctx.saved_tensors
         state, (weight_key, bias_key) = ctx.state, ctx.keys
+        grad_x = grad_W = grad_b = None
         with torch.autocast(delta.device.type, enabled=False):
-            grad_x = (delta @ W.to(delta.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
-            grad_W = grad_b = None
+            if ctx.needs_input_grad[0]:
+                grad_x = delta @ W.to(delta.dtype)
             x = x.to(delta.dtype)
             if state.mode == "rows":
                 if weight_key:
                     state.add(weight_key, _weight_rows(state.weights, delta, x))
                 if bias_key:
-                    per_row = delta.reshape(len(delta), -1, delta.shape[-1]).sum(1, dtype=_wide(delta))
+                    per_row = _tokens(delta).sum(1, dtype=_wide(delta))
                     state.add(bias_key, state.weights.to(per_row).mT @ per_row)
             elif state.mode == "plain":
-                flat = delta.reshape(-1, delta.shape[-1])
+                flat = _tokens(delta).flatten(0, 1)
                 if weight_key:
-                    grad_W = (flat.mT @ x.reshape(-1, x.shape[-1])).to(W.dtype)
+                    grad_W = flat.mT @ _tokens(x).flatten(0, 1)
                 if bias_key:
-                    grad_b = flat.sum(0, dtype=_wide(flat)).to(W.dtype)
+                    grad_b = flat.sum(0, dtype=_wide(flat))
         return grad_x, grad_W, grad_b, None, None
 
 
@@ -251,16 +288,21 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _tokens(x: Tensor) -> Tensor:
+    """``[B, ..., n]`` as ``[B, T, n]``."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+
+
 def _weight_rows(weights: Tensor, delta: Tensor, x: Tensor) -> Tensor:
     """``sum_b weights_bk delta_b^T x_b``: ``[K, out, in]`` from ``[B, K]``, ``[B, ..., out]``, ``[B, ..., in]``."""
     (B, K), n_out, n_in = weights.shape, delta.shape[-1], x.shape[-1]
     wide = _wide(delta)
     w = weights.to(device=x.device, dtype=wide)
-    delta, x = delta.reshape(B, -1, n_out), x.reshape(B, -1, n_in)
-    if delta.shape[1] > 1:  # many tokens a row: each row's own gradient first, then K sums that no token enters
+    delta, x = _tokens(delta), _tokens(x)
+    if delta.shape[1] != 1:  # many tokens a row: each row's own gradient first, then K sums that no token enters
         per_row = torch.bmm(delta.mT, x).to(wide)
-        return (w.mT @ per_row.reshape(B, -1)).reshape(K, n_out, n_in)
+        return (w.mT @ per_row.reshape(B, n_out * n_in)).reshape(K, n_out, n_in)
     d, x = delta[:, 0].to(wide), x[:, 0].to(wide)
     if n_out <= n_in:  # one product, the K weights folded into the thinner side
-        return ((w.unsqueeze(-1) * d.unsqueeze(1)).reshape(B, -1).mT @ x).reshape(K, n_out, n_in)
-    return (d.mT @ (w.unsqueeze(-1) * x.unsqueeze(1)).reshape(B, -1)).reshape(n_out, K, n_in).transpose(0, 1)
+        return ((w.unsqueeze(-1) * d.unsqueeze(1)).reshape(B, K * n_out).mT @ x).reshape(K, n_out, n_in)
+    return (d.mT @ (w.unsqueeze(-1) * x.unsqueeze(1)).reshape(B, K * n_in)).reshape(n_out, K, n_in).transpose(0, 1)
