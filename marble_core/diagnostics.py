@@ -334,7 +334,7 @@ def summarize_alignment_stats(
 def _quantiles(histogram: Tensor, q: Tensor) -> Tensor:
     """Bin centres at which the cumulated share of ``[..., bins]`` first reaches ``q [Q]``: ``[..., Q]`` over [0, 1]."""
     bins = histogram.shape[-1]
-    share = histogram.cumsum(-1) / histogram.sum(-1, keepdim=True)
+    share = histogram.cumsum(-1).double() / histogram.sum(-1, keepdim=True)
     index = (share.unsqueeze(-2) < q.unsqueeze(-1) - 1e-12).sum(-1).clamp(max=bins - 1)
     empty = histogram.sum(-1, keepdim=True) == 0
     first = (histogram > 0).long().argmax(-1, keepdim=True)
