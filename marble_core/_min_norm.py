@@ -69,7 +69,7 @@ def _unit_diagonal(G: Tensor) -> tuple[Tensor, Tensor]:
 
 def _flat(eigenvalues: Tensor) -> Tensor:
     """Ascending eigenvalues up to this are rounding: moving along their vectors changes nothing."""
-    return _EPS * (4.0 * eigenvalues[..., -1:] + 32.0)
+    return _EPS * (8.0 * eigenvalues[..., -1:] + 32.0)
 
 
 def _canonical_order(G_hat: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def _shortest_minimizer(G_hat: Tensor, a: Tensor, u: Tensor) -> Tensor:
     u = u / (b @ u)
     g = G_hat @ u
     slack = (g - (u @ g) * b) / b
-    i = ((slack <= 1e-9 * (g / b).abs().max()) | (u > 0)).nonzero().squeeze(-1)
+    i = ((slack <= 1e-9 * (G_hat.abs() @ u / b).max()) | (u > 0)).nonzero().squeeze(-1)
     eigenvalues, Q = torch.linalg.eigh(torch.addr(G_hat[i][:, i], b[i], b[i]))
     Z = Q[:, eigenvalues <= _flat(eigenvalues)]
     if Z.shape[1] == 0:
