@@ -36,9 +36,9 @@ def solve(G: Tensor) -> Tensor:
     rows = G.tolist() if K <= _FLOATS else []
     diagonal = [rows[i][i] for i in range(K)] if rows else G.diagonal().tolist()
     if min(diagonal) > 0.0 and max(diagonal) < math.inf:
-        easy = _pivot(diagonal, _on_floats(rows, min(diagonal)) if rows else _on_tensors(G, 0.0, 1e-4))
-        if easy is not None and easy[1]:
-            return torch.tensor(easy[0], dtype=torch.float64)
+        easy = _pivot(K, _on_floats(rows, min(diagonal)) if rows else _on_tensors(G, 0.0, 1e-4))
+        if easy is not None:
+            return torch.tensor(easy, dtype=torch.float64)
     if K <= ENUMERATED:
         return enumerate_supports(G)
     if not G.isfinite().all():
@@ -77,13 +77,13 @@ def _canonical_order(G_hat: Tensor) -> Tensor:
     return (G_hat.pow(2).sum(-1) + G_hat.pow(3).sum(-1)).argsort(dim=-1, stable=True)
 
 
-def _pivot(diagonal: list[float], solve_on: _SolveOn) -> tuple[list[float], bool] | None:
-    """Block principal pivoting (Kim and Park, 2011): the weights, and whether they are unique beyond rounding.
+def _pivot(K: int, solve_on: _SolveOn) -> list[float] | None:
+    """Block principal pivoting (Kim and Park, 2011) from the full support on.
 
     On a support the weights solve ``(G + m 1 1^T) w = 1`` up to scale, for any ``m > 0``; entries with a negative
-    weight or slack change sides until there is none. None where the problem is too close to singular, or too slow.
+    weight or slack change sides until there is none. None where a support is too close to singular, or it takes too
+    long. The full support comes first, so a solution is that of a strictly convex problem: unique.
     """
-    K, m = len(diagonal), min(diagonal)
     S, out = list(range(K)), list[int]()
     fewest, patience = K + 1, 3
     for _ in range(40):
@@ -94,12 +94,10 @@ def _pivot(diagonal: list[float], solve_on: _SolveOn) -> tuple[list[float], bool
         wrong = [i for i, w_i in zip(S, w, strict=True) if w_i <= 0.0]
         wrong += [k for k, y in zip(out, slack, strict=True) if y < 0.0]
         if not wrong:
-            clear = all([w_i * w_i * m * diagonal[i] > 1e-16 for i, w_i in zip(S, w, strict=True)])
-            clear = clear and all([y * y * m > 1e-16 * diagonal[k] for k, y in zip(out, slack, strict=True)])
             weights, total = [0.0] * K, sum(w)
             for i, w_i in zip(S, w, strict=True):
                 weights[i] = w_i / total
-            return weights, clear
+            return weights
         if len(wrong) < fewest:
             fewest, patience = len(wrong), 3
         elif patience > 0:
@@ -171,8 +169,8 @@ def _solve_support(G: list[list[float]], m: float, S: list[int]) -> list[float] 
 
 def _solve_degenerate(G: Tensor, a: Tensor, G_hat: Tensor) -> Tensor:
     """The canonical minimizer when the problem is singular or nearly so: any optimum, then the shortest one."""
-    start = _pivot(G.diagonal().tolist(), _on_tensors(G, 1e-8, 0.0))
-    u = a if start is None else torch.tensor(start[0], dtype=a.dtype) / a
+    start = _pivot(len(a), _on_tensors(G, 1e-8, 0.0))
+    u = a if start is None else torch.tensor(start, dtype=a.dtype) / a
     u = _active_set(G_hat, a, 1.0 / a, u)
     return _shortest_minimizer(G_hat, a, u)
 

@@ -124,10 +124,10 @@ def _active_weights(G_hat: Tensor, active: Tensor, floor: float, solver: Callabl
 
 
 def _masked_weights(G_hat: Tensor, active: Tensor, floor: float) -> Tensor:
-    """Min-norm weights without reading a value: an inactive reward is a gradient so long that it gets no weight."""
+    """Min-norm weights without reading a value: a unit gradient orthogonal to all others leaves their shares alone."""
     on = active.to(G_hat.dtype)
     c = 1.0 - floor * on.sum(-1, keepdim=True)
     G = apply_floor(G_hat, floor, c.unsqueeze(-1)) * on.unsqueeze(-1) * on.unsqueeze(-2)
-    v = min_norm_weights(G + torch.diag_embed(1e24 * (1.0 - on))) * on
+    v = min_norm_weights(G + torch.diag_embed(1.0 - on)) * on
     v = v / torch.where(active.any(-1, keepdim=True), v.sum(-1, keepdim=True), 1.0)
     return (floor + c * v) * on
