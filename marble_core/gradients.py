@@ -17,7 +17,8 @@ def gradient_rows(losses_fn: Callable[..., Tensor], params: Any, *args: Any, chu
 
     ``rows_k = d losses_fn(params, *args)_k / d params``, as ``torch.func.vjp`` with ``vmap`` over the K unit
     cotangents. Works for any function that torch.func can differentiate and composes with its transforms; for a
-    model with many rewards ``shared_cotangent_rows`` costs far less.
+    model with many rewards ``shared_cotangent_rows`` costs far less. Rows of parameters that require gradients carry
+    a graph of their own, as with any torch.func transform: pass detached ones unless you differentiate again.
 
     Args:
         losses_fn: ``losses_fn(params, *args) -> losses [K]``, pure.
@@ -59,7 +60,7 @@ def combine_rows(rows: Any, weights: Tensor) -> Any:
 
     With ``Harmonization.coefficients`` this is the balanced direction: a *gradient*, which the optimizer subtracts.
     Any sign and any sum of the weights will do. Halves are summed in float32. A NaN row makes the sum NaN even with
-    weight 0: nothing is silently dropped.
+    weight 0: nothing is silently dropped. Differentiable in both arguments.
 
     Args:
         rows: pytree with leaves ``[K, ...]``, or ``[K, P]``.
@@ -82,8 +83,8 @@ def combine_rows(rows: Any, weights: Tensor) -> Any:
 
     def combine(x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        w = weights.detach().to(device=x.device, dtype=wide)
-        return (w @ x.detach().to(wide).reshape(K, -1)).reshape(x.shape[1:]).to(x.dtype)
+        w = weights.to(device=x.device, dtype=wide)
+        return (w @ x.to(wide).reshape(K, -1)).reshape(x.shape[1:]).to(x.dtype)
 
     return pytree.tree_map(combine, rows)
 
@@ -110,7 +111,7 @@ def flatten_rows(rows: Any) -> Tensor:
     Reference: docs/theory.md, section 1.
     """
     K = _common_K(rows)
-    return torch.cat([x.detach().reshape(K, -1) for x in pytree.tree_leaves(rows)], dim=1)
+    return torch.cat([x.reshape(K, -1) for x in pytree.tree_leaves(rows)], dim=1)
 
 
 def unflatten_like(flat: Tensor, like: Any) -> Any:
@@ -136,8 +137,8 @@ def unflatten_like(flat: Tensor, like: Any) -> Any:
     leaves, spec = pytree.tree_flatten(like)
     sizes = [leaf.numel() for leaf in leaves]
     require(flat.shape[-1] == sum(sizes), "flat", f"P = {sum(sizes)} entries in the last dimension", describe(flat))
-    parts = torch.split(flat.detach(), sizes, dim=-1)
-    cut = [x.reshape(*flat.shape[:-1], *leaf.shape) for x, leaf in zip(parts, leaves, strict=True)]
+    parts = torch.split(flat, sizes, dim=-1)
+    cut = [x.reshape((*flat.shape[:-1], *leaf.shape)) for x, leaf in zip(parts, leaves, strict=True)]
     return pytree.tree_unflatten(cut, spec)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -161,10 +162,6 @@ class _State:
     seen: set[str] = field(default_factory=set)  # modules run with gradients, and without
     blind: set[str] = field(default_factory=set)
 
-    def key(self, p: Tensor | None) -> str | None:
-        """The name of a trainable parameter, None for anything else."""
-        return self.names.get(id(p)) if p is not None and p.requires_grad else None
-
     def add(self, name: str, row: Tensor) -> None:
         """Add to the rows of a parameter, which may be used more than once."""
         self.rows[name] = self.rows[name] + row if name in self.rows else row
@@ -224,28 +221,33 @@ def _patched(module: nn.Module, state: _State, *, serve: bool) -> Iterator[None]
             handle.remove()
 
 
-def _is_plain_linear(m: nn.Module) -> bool:
+def _is_plain_linear(m: nn.Module) -> TypeGuard[nn.Linear]:
     """A linear layer that runs nn.Linear's own forward, or that of a call around this one, on a plain parameter."""
     forward = m.__dict__.get("forward")
     own = forward is None or getattr(forward, "__module__", None) == __name__
     return own and isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward and "weight" in m._parameters
 
 
-def _forward(state: _State, name: str, m: nn.Module) -> Callable[[Tensor], Tensor]:
-    """``nn.Linear.forward`` that collects rows on the way back, for the parameters the layer has when it runs."""
+def _forward(state: _State, name: str, m: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """``nn.Linear.forward`` that collects rows on the way back, for the parameters the layer was patched with."""
+    weight, bias = m._parameters["weight"], m._parameters.get("bias")
+    names = state.names.get(id(weight)), state.names.get(id(bias))
 
     def forward(input: Tensor) -> Tensor:
         W, b = m.weight, m.bias
-        keys = state.key(W), state.key(b)
+        weight_key = names[0] if W is weight and W.requires_grad else None
+        bias_key = names[1] if b is bias and b is not None and b.requires_grad else None
         # Tensors that stand in for parameters (functional_call, a parametrization) lead back to them by autograd alone.
-        foreign = any(p is not None and p.requires_grad and not key for p, key in zip((W, b), keys, strict=True))
-        if torch.is_grad_enabled() and any(keys) and not foreign:
+        foreign = (W.requires_grad and not weight_key) or (b is not None and b.requires_grad and not bias_key)
+        if torch.is_grad_enabled() and (weight_key or bias_key) and not foreign:
+            keys = weight_key, bias_key
             if input.ndim >= 2 and input.shape[0] == state.weights.shape[0]:
                 return _SharedLinear.apply(input, W, b, keys, state)  # type: ignore[no-any-return,no-untyped-call]
             state.misfits.update({key: (name, describe(input)) for key in keys if key})
         return F.linear(input, W, b)
 
-    return forward
+    # A compiled graph would keep the mode it was traced in. Dynamo takes a second to import, so not just for this.
+    return torch.compiler.disable(forward) if "torch._dynamo" in sys.modules else forward  # type: ignore[no-untyped-call]
 
 
 class _SharedLinear(torch.autograd.Function):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def transformer(dtype: torch.dtype, use_reentrant: bool | None = None) -> nn.Seq
     return nn.Sequential(*(Block(use_reentrant=use_reentrant) for _ in range(3))).to(dtype)
 
 
-def signal_of(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+def signal_of(module: Any, x: Tensor) -> Callable[[], Tensor]:
     return lambda: module(x).square().flatten(1).mean(1)
 
 
@@ -316,6 +317,95 @@ def test_reentrant_checkpointing_is_an_error_never_zeros() -> None:
         shared_cotangent_rows(twice, inner, weights)
 
 
+@pytest.mark.parametrize("fallback", ["error", "unsupported", "all"])
+@pytest.mark.parametrize("input_requires_grad", [False, True])
+@pytest.mark.parametrize("inside", [nn.Conv1d(3, 3, 1), nn.LayerNorm(4), nn.Linear(4, 4), nn.Tanh()], ids=str)
+def test_reentrant_checkpointing_of_anything(inside: nn.Module, input_requires_grad: bool, fallback: Any) -> None:
+    inside, first, head = (copy.deepcopy(m).double() for m in (inside, nn.Linear(4, 4), nn.Linear(4, 1)))
+    module, weights = nn.ModuleList([first, inside, head]), rand(5, 2, seed=2)
+    x = rand(5, 3, 4, seed=1)
+    if isinstance(inside, nn.Tanh) and not input_requires_grad:
+        return  # nothing trainable inside, nothing lost
+
+    def forward() -> Tensor:
+        z = first(x) if input_requires_grad else x
+        return (head(checkpoint(inside, z, use_reentrant=True)) + first(x).sum(-1, keepdim=True)).flatten(1).sum(1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that no input requires a gradient
+        with pytest.raises(ValueError, match="use_reentrant=False"):
+            shared_cotangent_rows(forward, module, weights, fallback=fallback)
+    assert not any(m._forward_pre_hooks for m in module.modules())
+
+
+def test_dropout_runs_once_and_so_alike_for_all_rows() -> None:
+    module = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1)).double()
+    x, weights = rand(6, 4, seed=1), rand(6, 3, seed=2)
+    torch.manual_seed(0)
+    expected = k_passes(signal_of(module, x), module, weights)
+    torch.manual_seed(0)
+    assert_rows(shared_cotangent_rows(signal_of(module, x), module, weights).rows, expected, 1e-12)
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.3}, {"bias": "all"}], ids=str)
+def test_options_of_peft_and_another_adapter_in_between(options: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["qkv", "up"], init_lora_weights=False, **options)
+    module = peft.get_peft_model(transformer(torch.float64), config)
+    old = peft.LoraConfig(r=2, target_modules=["qkv", "up"], init_lora_weights=False)
+    module.add_adapter("old", old)
+    module.to(torch.float64)
+    module.set_adapter("default")
+    x, weights = rand(4, 5, 8, seed=4), rand(4, 3, seed=5)
+
+    def forward() -> Tensor:
+        torch.manual_seed(1)
+        module.set_adapter("old")  # switches requires_grad of both
+        y_old = module(x).detach()
+        module.set_adapter("default")
+        return (module(x) * y_old).flatten(1).mean(1)
+
+    rows = shared_cotangent_rows(forward, module, weights).rows
+    assert not any(".old." in name for name in rows)
+    assert_rows(rows, k_passes(forward, module, weights), 1e-12)
+
+
+def test_lora_injected_into_a_plain_module() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["qkv", "up"], init_lora_weights=False)
+    module = peft.inject_adapter_in_model(config, transformer(torch.float64)).to(torch.float64)
+    x, weights = rand(4, 5, 8, seed=4), rand(4, 3, seed=5)
+    rows = shared_cotangent_rows(signal_of(module, x), module, weights).rows
+    assert len(rows) == 3 * 2 * 2
+    assert_rows(rows, k_passes(signal_of(module, x), module, weights), 1e-12)
+
+
+@pytest.mark.parametrize("tokens", [(), (6,)])
+def test_bf16_parameters(tokens: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    exact = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
+    module = copy.deepcopy(exact).bfloat16()
+    x, weights = rand(64, *tokens, 16, seed=1, dtype=torch.bfloat16), rand(64, 3, seed=2, dtype=torch.float32)
+    rows = shared_cotangent_rows(signal_of(module, x), module, weights).rows
+    assert {row.dtype for row in rows.values()} == {torch.bfloat16}
+    exact.load_state_dict(module.state_dict())
+    expected = k_passes(signal_of(exact, x.float()), exact, weights)
+    assert_rows({name: row.float() for name, row in rows.items()}, expected, 0.02)
+
+
+def test_compiled_modules() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    x, weights = rand(5, 3, 4, seed=1), rand(5, 2, seed=2)
+    expected = k_passes(signal_of(module, x), module, weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled: Any = torch.compile(module, backend="eager")
+        for _ in range(2):  # the second call does not run graphs of the first
+            assert_rows(shared_cotangent_rows(signal_of(compiled, x), module, weights).rows, expected, 1e-12)
+            torch.testing.assert_close(compiled(x), module(x))
+
+
 def test_a_no_grad_forward_of_the_same_layers_is_fine() -> None:
     module = transformer(torch.float64)
     x, weights = rand(4, 5, 8, seed=4), rand(4, 2, seed=5)
@@ -332,7 +422,14 @@ def snapshot(module: nn.Module) -> list[Any]:
     """Everything a call could leave behind."""
     return [
         [
-            (n, m.training, sorted(m.__dict__), len(m._forward_hooks), len(m._backward_hooks))
+            (
+                n,
+                m.training,
+                sorted(m.__dict__),
+                len(m._forward_hooks),
+                len(m._forward_pre_hooks),
+                len(m._backward_hooks),
+            )
             for n, m in module.named_modules()
         ],
         [
@@ -374,6 +471,127 @@ def test_nothing_is_left_behind() -> None:
     )
 
 
+def test_a_graph_the_caller_keeps_gives_ordinary_gradients_afterwards() -> None:
+    module, x, weights = transformer(torch.float64), rand(4, 5, 8, seed=4), rand(4, 2, seed=5)
+    kept: list[Tensor] = []
+
+    def forward() -> Tensor:
+        y = module(x)
+        kept.append(y.sin().mean())  # made by patched layers; an error on the way back leaves it whole
+        y.register_hook(lambda grad: 1 / 0 if len(kept) == 1 else None)
+        return y.square().flatten(1).mean(1)
+
+    with pytest.raises(ZeroDivisionError):
+        shared_cotangent_rows(forward, module, weights)
+    kept.append(module(x).sin().mean())
+    found, expected = (torch.autograd.grad(loss, list(module.parameters())) for loss in kept)
+    for g, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(g, e)
+
+
+def test_what_forward_does_beside_running_the_module_is_its_own_business() -> None:
+    """Swapped parameters, gradients and even rows taken inside ``forward`` neither disturb the rows nor enter them."""
+    torch.manual_seed(0)
+    module: Any = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    x, weights = rand(5, 4, seed=1), rand(5, 3, seed=2)
+
+    def other_parameters() -> Tensor:
+        old = {name: p.detach() * 3 for name, p in module.named_parameters()}
+        return (module(x) - torch.func.functional_call(module, old, (x,))).square().sum(1)
+
+    def parameters_put_in_their_place() -> Tensor:
+        weight = module[0].weight
+        module[0].weight = nn.Parameter(2 * weight.detach())
+        y_old = module(x).detach()
+        module[0].weight = weight
+        return (module(x) * y_old).sum(1)
+
+    def frozen_for_a_while() -> Tensor:
+        module[0].requires_grad_(False)
+        y_half = module(x)
+        module[0].requires_grad_(True)
+        return (module(x) * y_half).sum(1)
+
+    def ordinary_gradients() -> Tensor:
+        z = x.clone().requires_grad_()
+        of_x, of_W = torch.autograd.grad(module(z).sum(), [z, module[0].weight])
+        return (module(x) * of_x).sum(1) * of_W.sum()
+
+    def rows_of_its_own() -> Tensor:
+        inner = shared_cotangent_rows(signal_of(module, x), module, weights).rows
+        return module(x).squeeze(1) * inner["0.weight"].sum()
+
+    for forward in (
+        other_parameters,
+        parameters_put_in_their_place,
+        frozen_for_a_while,
+        ordinary_gradients,
+        rows_of_its_own,
+    ):
+        result = shared_cotangent_rows(forward, module, weights)
+        assert_rows(result.rows, k_passes(forward, module, weights), 1e-12)
+    assert not any("forward" in m.__dict__ for m in module.modules())
+
+
+def derived(module: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.functional_call(module, {name: 2 * p for name, p in module.named_parameters()}, (x,))
+
+
+def gradient_of_the_input(module: nn.Module, x: Tensor) -> Tensor:
+    z = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(torch.tanh(module(z)).sum(), z, create_graph=True)
+    return g
+
+
+class Twice(nn.Module):
+    def forward(self, p: Tensor) -> Tensor:
+        return 2 * p
+
+
+class Scaled(nn.Linear):
+    """A subclass with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize(
+    ("case", "named"),
+    [
+        ("parametrized weight", r"0\.bias, 0\.parametrizations\.weight\.original"),
+        ("parametrized bias", r"0\.weight, 0\.parametrizations\.bias\.original"),
+        ("functional call", r"0\.weight, 0\.bias, 2\.weight, 2\.bias"),
+        ("gradient of the input", r"0\.weight, 2\.weight"),
+        ("subclass", r"2\.weight, 2\.bias"),
+        ("attention", r"in_proj_weight, in_proj_bias, out_proj\.weight, out_proj\.bias"),
+    ],
+)
+def test_a_parameter_that_gets_its_gradient_another_way_is_found_out(case: str, named: str) -> None:
+    torch.manual_seed(0)
+    module: nn.Module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    x, weights = rand(5, 3, 4, seed=1), rand(5, 2, seed=2)
+    call: Callable[[nn.Module, Tensor], Tensor] = lambda module, x: module(x)  # noqa: E731
+    if case.startswith("parametrized"):
+        nn.utils.parametrize.register_parametrization(module[0], case.split()[1], Twice())  # type: ignore[index]
+    elif case == "functional call":
+        call = derived
+    elif case == "gradient of the input":
+        call = gradient_of_the_input
+    elif case == "subclass":
+        module[2] = Scaled(4, 4).double()  # type: ignore[operator]
+    else:
+        module = nn.MultiheadAttention(4, 2, batch_first=True).double()
+        call = lambda module, x: module(x, x, x)[0]  # noqa: E731
+
+    def forward() -> Tensor:
+        return call(module, x).square().flatten(1).sum(1)
+
+    with pytest.raises(ValueError, match=rf"module: .* got {named}\. Freeze them, or"):
+        shared_cotangent_rows(forward, module, weights)
+    result = shared_cotangent_rows(forward, module, weights, fallback="unsupported")
+    assert_rows(result.rows, k_passes(forward, module, weights), 1e-12)
+
+
 def test_an_instance_forward_of_someone_else_is_left_alone() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)).double()
@@ -395,16 +613,32 @@ def test_bad_input_is_named() -> None:
         shared_cotangent_rows(lambda: module(x).squeeze(-1), module, torch.ones(5))
     with pytest.raises(ValueError, match=r"signal of shape \[B\] = \[5\], as weights has rows, got float32\[5, 1\]"):
         shared_cotangent_rows(lambda: module(x), module, good)
-    with pytest.raises(ValueError, match="a scalar shared loss"):
-        shared_cotangent_rows(lambda: (module(x).squeeze(-1), module(x)), module, good)
+    not_scalars: list[Any] = [module(x), 0.0, torch.tensor(1)]
+    for shared in not_scalars:
+        with pytest.raises(ValueError, match="a scalar shared loss"):
+            shared_cotangent_rows(partial(lambda s: (module(x).squeeze(-1), s), shared), module, good)
+    with pytest.raises(ValueError, match="a shared loss that depends on a trainable parameter"):
+        shared_cotangent_rows(lambda: (module(x).squeeze(-1), torch.tensor(1.0)), module, good)
+    with pytest.raises(ValueError, match=r"signal or \(signal, shared\), got a tuple of 3"):
+        shared_cotangent_rows(lambda: (module(x).squeeze(-1), x, x), module, good)  # type: ignore[arg-type,return-value]
+    for empty in (torch.ones(0, 2), torch.ones(5, 0)):
+        with pytest.raises(ValueError, match="at least one row and one reward"):
+            shared_cotangent_rows(lambda: module(x).squeeze(-1), module, empty)
     with pytest.raises(ValueError, match="fallback"):
         shared_cotangent_rows(lambda: module(x).squeeze(-1), module, good, fallback="none")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="depends on a trainable parameter"):
         shared_cotangent_rows(lambda: x.sum(1), module, good)
     with pytest.raises(ValueError, match="at least one parameter with requires_grad"):
         shared_cotangent_rows(lambda: module(x).squeeze(-1), copy.deepcopy(module).requires_grad_(False), good)
-    with pytest.raises(ValueError, match=r"losses_fn\(params, \*args\): expected .* got float32\[\]"):
-        gradient_rows(lambda p: p.sum(), torch.ones(3))
+    not_vectors: list[tuple[Any, str]] = [
+        (torch.sum, r"float32\[\]"),
+        (torch.diag, r"float32\[3, 3\]"),
+        (torch.Tensor.long, r"int64\[3\]"),
+        (len, "int 3"),
+    ]
+    for losses, got in not_vectors:
+        with pytest.raises(ValueError, match=rf"losses_fn\(params, \*args\): expected .* \[K\], got {got}"):
+            gradient_rows(losses, torch.ones(3))
     with pytest.raises(ValueError, match="chunk_size"):
         gradient_rows(lambda p: p, torch.ones(3), chunk_size=0)
     with pytest.raises(ValueError, match="weights: expected a floating-point tensor of shape"):
@@ -443,3 +677,36 @@ def test_combining_flattening_and_back() -> None:
     torch.testing.assert_close(direction["a"], 0.5 * rows["a"][0] - rows["a"][1] + 2 * rows["a"][2])
     assert combine_rows(rows["a"].bfloat16(), weights).dtype == torch.bfloat16
     assert combine_rows(torch.tensor([[torch.nan], [1.0]]), torch.tensor([0.0, 1.0])).isnan().all()
+
+
+def test_gradient_rows_and_their_pytrees_compose_with_torch_func() -> None:
+    params = {"w": rand(3, seed=1)}
+    weights = rand(2, seed=2)
+
+    def losses(params: dict[str, Tensor], z: Tensor) -> Tensor:
+        return torch.stack([z * params["w"].pow(3).sum(), params["w"].prod()])
+
+    def direction(params: dict[str, Tensor], z: Tensor) -> Tensor:
+        rows = gradient_rows(losses, params, z)
+        assert flatten_rows(rows).shape == (2, 3)
+        return combine_rows(unflatten_like(flatten_rows(rows), params), weights)["w"]
+
+    def weighted(params: dict[str, Tensor]) -> Tensor:
+        return losses(params, z[0]) @ weights
+
+    z = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    batch = torch.func.vmap(direction, in_dims=(None, 0))(params, z)
+    torch.testing.assert_close(batch, torch.stack([direction(params, item) for item in z]))
+    # the Jacobian of a weighted gradient is the Hessian of the weighted loss
+    jacobian = torch.func.jacrev(direction)(params, z[0])["w"]
+    hessian = torch.func.jacrev(torch.func.grad(weighted))(params)["w"]["w"]
+    torch.testing.assert_close(jacobian, hessian)
+
+
+def test_gradient_rows_take_any_pytree_and_give_zeros_where_nothing_depends() -> None:
+    params = ({"a": rand(2, 3, seed=1)}, [rand(4, seed=2), torch.tensor(2.0)])
+    rows = gradient_rows(lambda p: torch.stack([p[0]["a"].sum(), 3 * p[1][1]]), params)
+    torch.testing.assert_close(rows[0]["a"], torch.stack([torch.ones(2, 3), torch.zeros(2, 3)]).double())
+    assert not rows[1][0].any()
+    torch.testing.assert_close(rows[1][1], torch.tensor([0.0, 3.0]))
+    assert rows[1][1].dtype == torch.float32
