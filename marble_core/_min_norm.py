@@ -192,13 +192,14 @@ def _active_set(G_hat: Tensor, a: Tensor, s: Tensor, u: Tensor) -> Tensor:
         r = (u @ g) * b - g
         violation = torch.where(S, r.abs(), r) * s * top
         tol = 1e-13 * float(u @ g) + 2.0 * _EPS * float((s * top * (G_hat.abs() @ u)).max())
-        if float(violation.max()) < least:
-            best, least = u, float(violation.max())
-        if least <= tol:
+        excess = float(violation.max()) / tol
+        steps = 0 if excess < 0.9 * least else steps  # a support that is hard to solve may take many steps
+        if excess < least:
+            best, least = u, excess
+        if least <= 1.0:
             break
         # near the end the support must be solved better than to tol: what depends on it magnifies its error
-        near = least < 1e3 * tol
-        if steps < 3 and float(violation[S].max()) > (0.01 * tol if near else tol):
+        if steps < 3 and float(violation[S].max()) > (0.01 * tol if excess < 1e3 else tol):
             u, S, moved = _step(G_hat, b, r, u, S)
             steps = steps + 1 if moved == 1.0 else 0
             banned &= moved == 0.0
@@ -250,13 +251,17 @@ def _shortest_minimizer(G_hat: Tensor, a: Tensor, u: Tensor) -> Tensor:
     M = torch.addr(G_hat[i][:, i], b[i], b[i])
     eigenvalues, Q = torch.linalg.eigh(M)
     inverse = torch.where(eigenvalues > _flat(eigenvalues), 1.0 / eigenvalues, 0.0)
-    for _ in range(3):  # take back the projection's rounding
+    candidates = []
+    for _ in range(6):  # take back the projection's rounding
         r = b[i] * (p @ M @ p) / (b[i] @ p) - M @ p
         p = (p + Q @ (inverse * (Q.mT @ r))).clamp(min=0)
-    shortest = torch.zeros_like(u).index_copy_(0, i, p)
-    shortest, u = shortest / (a @ shortest), u / (a @ u)
-    better = _excess(G_hat, a, torch.stack([shortest, u]))
-    return shortest if better[0] <= better[1].clamp(min=1.75) else u
+        candidates.append(torch.zeros_like(u).index_copy_(0, i, p))
+    found = torch.stack([*candidates, u])
+    found = found / (found @ a).unsqueeze(-1)
+    g, noise = found @ G_hat / a, (found @ G_hat.abs() / a).amax(-1)
+    gap = (found @ G_hat * found).sum(-1) - g.amin(-1)
+    best = int((gap[:-1] / noise[:-1]).argmin())
+    return found[best] if gap[best] <= torch.maximum(gap[-1], 8.0 * _EPS * noise[best]) else found[-1]
 
 
 def enumerate_supports(G: Tensor) -> Tensor:

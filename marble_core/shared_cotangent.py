@@ -237,10 +237,8 @@ def _forward(state: _State, name: str, m: nn.Linear) -> Callable[[Tensor], Tenso
         W, b = m.weight, m.bias
         weight_key = names[0] if W is weight and W.requires_grad else None
         bias_key = names[1] if b is bias and b is not None and b.requires_grad else None
-        # Tensors that stand in for parameters (functional_call, a parametrization) lead back to them by autograd alone.
-        foreign = (W.requires_grad and not weight_key) or (b is not None and b.requires_grad and not bias_key)
-        if torch.is_grad_enabled() and (weight_key or bias_key) and not foreign:
-            keys = weight_key, bias_key
+        keys = weight_key, bias_key
+        if torch.is_grad_enabled() and (weight_key or bias_key):
             if input.ndim >= 2 and input.shape[0] == state.weights.shape[0]:
                 return _SharedLinear.apply(input, W, b, keys, state)  # type: ignore[no-any-return,no-untyped-call]
             state.misfits.update({key: (name, describe(input)) for key in keys if key})
@@ -270,18 +268,16 @@ class _SharedLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_x = delta @ W.to(delta.dtype)
             x = x.to(delta.dtype)
-            if state.mode == "rows":
-                if weight_key:
-                    state.add(weight_key, _weight_rows(state.weights, delta, x))
-                if bias_key:
-                    per_row = _tokens(delta).sum(1, dtype=_wide(delta))
-                    state.add(bias_key, state.weights.to(per_row).mT @ per_row)
-            elif state.mode == "plain":
-                flat = _tokens(delta).flatten(0, 1)
-                if weight_key:
-                    grad_W = flat.mT @ _tokens(x).flatten(0, 1)
-                if bias_key:
-                    grad_b = flat.sum(0, dtype=_wide(flat))
+            # Tensors that stand in for parameters (functional_call, a parametrization) have no key: autograd leads on.
+            if state.mode == "rows" and weight_key:
+                state.add(weight_key, _weight_rows(state.weights, delta, x))
+            elif ctx.needs_input_grad[1] and (state.mode == "plain" or not weight_key):
+                grad_W = _tokens(delta).flatten(0, 1).mT @ _tokens(x).flatten(0, 1)
+            if state.mode == "rows" and bias_key:
+                per_row = _tokens(delta).sum(1, dtype=_wide(delta))
+                state.add(bias_key, state.weights.to(per_row).mT @ per_row)
+            elif ctx.needs_input_grad[2] and (state.mode == "plain" or not bias_key):
+                grad_b = _tokens(delta).sum((0, 1), dtype=_wide(delta))
         return grad_x, grad_W, grad_b, None, None
 
 

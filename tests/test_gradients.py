@@ -394,6 +394,28 @@ def test_bf16_parameters(tokens: tuple[int, ...]) -> None:
     assert_rows({name: row.float() for name, row in rows.items()}, expected, 0.02)
 
 
+@pytest.mark.parametrize("tokens", [(), (4,)])
+def test_weights_are_not_rounded_to_the_dtype_of_the_activations(tokens: tuple[int, ...]) -> None:
+    module = nn.Linear(3, 2)
+    x, weights = torch.ones(64, *tokens, 3), rand(64, 5, seed=2, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        forward = lambda: module(x).float().flatten(1).sum(1)  # noqa: E731
+        rows = shared_cotangent_rows(forward, module, weights).rows
+    expected = weights.sum(0) * (tokens or (1,))[0]  # every factor but the weights is exact in bfloat16
+    torch.testing.assert_close(rows["weight"], expected[:, None, None].expand(5, 2, 3), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rows["bias"], expected[:, None].expand(5, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_a_sequence_of_no_tokens_adds_nothing() -> None:
+    module = nn.Linear(4, 2).double()
+    x, weights = rand(5, 4, seed=1), rand(5, 3, seed=2)
+
+    def forward() -> Tensor:
+        return module(x).square().sum(1) + module(x.new_zeros(5, 0, 4)).flatten(1).sum(1)
+
+    assert_rows(shared_cotangent_rows(forward, module, weights).rows, k_passes(forward, module, weights), 1e-12)
+
+
 def test_compiled_modules() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     x, weights = rand(5, 3, 4, seed=1), rand(5, 2, seed=2)
@@ -501,8 +523,8 @@ def test_what_forward_does_beside_running_the_module_is_its_own_business() -> No
 
     def parameters_put_in_their_place() -> Tensor:
         weight = module[0].weight
-        module[0].weight = nn.Parameter(2 * weight.detach())
-        y_old = module(x).detach()
+        module[0].weight = nn.Parameter(2 * weight.detach())  # trainable too, but not one of the rows' parameters
+        y_old = module(x)
         module[0].weight = weight
         return (module(x) * y_old).sum(1)
 
@@ -559,7 +581,7 @@ class Scaled(nn.Linear):
     ("case", "named"),
     [
         ("parametrized weight", r"0\.bias, 0\.parametrizations\.weight\.original"),
-        ("parametrized bias", r"0\.weight, 0\.parametrizations\.bias\.original"),
+        ("parametrized bias", r"0\.parametrizations\.bias\.original"),
         ("functional call", r"0\.weight, 0\.bias, 2\.weight, 2\.bias"),
         ("gradient of the input", r"0\.weight, 2\.weight"),
         ("subclass", r"2\.weight, 2\.bias"),
@@ -676,6 +698,8 @@ def test_combining_flattening_and_back() -> None:
     torch.testing.assert_close(unflatten_like(flat, like), rows)
     torch.testing.assert_close(direction["a"], 0.5 * rows["a"][0] - rows["a"][1] + 2 * rows["a"][2])
     assert combine_rows(rows["a"].bfloat16(), weights).dtype == torch.bfloat16
+    halves = combine_rows(torch.tensor([[1024.0], [-1024.0]]).bfloat16(), torch.tensor([0.3333, 0.3330]))
+    torch.testing.assert_close(halves.float(), torch.tensor([0.3072]), rtol=0.01, atol=0)  # in bfloat16: 0
     assert combine_rows(torch.tensor([[torch.nan], [1.0]]), torch.tensor([0.0, 1.0])).isnan().all()
 
 
@@ -701,6 +725,22 @@ def test_gradient_rows_and_their_pytrees_compose_with_torch_func() -> None:
     jacobian = torch.func.jacrev(direction)(params, z[0])["w"]
     hessian = torch.func.jacrev(torch.func.grad(weighted))(params)["w"]["w"]
     torch.testing.assert_close(jacobian, hessian)
+    rows = gradient_rows(losses, params, z[0])
+    torch.testing.assert_close(torch.func.jacrev(lambda w: combine_rows(rows, w)["w"])(weights), rows["w"].mT)
+
+
+def test_chunk_size_bounds_how_many_cotangents_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+    vmap = torch.func.vmap
+
+    def spy(f: Callable[..., Any], chunk_size: int | None) -> Any:
+        asked.append(chunk_size)
+        return vmap(f, chunk_size=chunk_size)
+
+    monkeypatch.setattr(torch.func, "vmap", spy)
+    gradient_rows(torch.square, torch.ones(3), chunk_size=2)
+    gradient_rows(torch.square, torch.ones(3))
+    assert asked == [2, None]
 
 
 def test_gradient_rows_take_any_pytree_and_give_zeros_where_nothing_depends() -> None:
