@@ -1,0 +1,194 @@
+"""Command line: ``python -m reference COMMAND --help``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from reference.config import Config, Preset, from_toml, preset, validate
+from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
+
+
+@dataclass(frozen=True)
+class Train:
+    """Fine-tune a base model with several rewards.
+
+    Values come from the preset, then from the file, then from the command line.
+    """
+
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+    preset: Preset = "world"
+    """Starting values: world (20-30 minutes on two cores), demo (minutes), tiny (seconds)."""
+    config: Path | None = None
+    """TOML file with values for some of the fields, such as the config.toml of another run."""
+    resume: bool = False
+    """Continue the run in --run from its newest whole checkpoint."""
+    dry_run: bool = False
+    """Print what would be done, with estimates of memory and time, and stop."""
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Train with one reward alone, for each: a reward that cannot be raised alone cannot show balancing."""
+
+    rewards: tuple[str, ...] = ("objects", "text", "similarity", "colour", "jpeg")
+    """Which rewards."""
+    epochs: int = 100
+    """Epochs of each run; about 10 minutes on two cores."""
+    seed: int = 0
+    """Seed of every run."""
+    folder: Path = Path("runs/controls")
+    """Where the runs go; finished ones are not repeated, and one that was stopped goes on."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How well the five rewards judge rendered scenes, where the truth is known."""
+
+    count: int = 1000
+    """Scenes."""
+    seed: int = 1
+    """Seed of the scenes."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the HTML report of a run again."""
+
+    run: Path = Path("runs/world")
+    """Folder of the run."""
+
+
+def train_arguments(argv: Sequence[str]) -> Train:
+    """Parse the flags of ``train``: the preset and the file first, as they are the defaults of all other flags."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=("world", "demo", "tiny"), default="world")
+    first.add_argument("--config", type=Path)
+    known, _ = first.parse_known_args(argv)
+    settings = preset(known.preset)
+    if known.config is not None:
+        settings = from_toml(known.config, settings)
+    return tyro.cli(
+        Train, prog="python -m reference train", args=list(argv), default=Train(settings), use_underscores=False
+    )
+
+
+def train_command(argv: Sequence[str]) -> None:
+    """``train``, or its plan."""
+    arguments = train_arguments(argv)
+    validate(arguments.settings)
+    if arguments.dry_run:
+        from reference.plan import plan
+
+        print(plan(arguments.settings))
+    else:
+        from reference.train import train
+
+        print(f"report: {train(arguments.settings, resume=arguments.resume)}")
+
+
+def demo_command(argv: Sequence[str]) -> None:
+    """``demo``: the preset's flags may be given as well."""
+    from reference.experiments.demo import demo
+
+    settings = train_arguments(["--preset", "demo", *argv]).settings
+    validate(settings)
+    print(demo(settings))
+
+
+def controls_command(argv: Sequence[str]) -> None:
+    """``controls``."""
+    a = tyro.cli(Controls, prog="python -m reference controls", args=list(argv))
+    from reference.experiments.controls import controls
+
+    settings = dataclasses.replace(preset("world"), epochs=a.epochs, seed=a.seed, threads=a.threads)
+    print(controls(settings, a.rewards, a.folder))
+
+
+def report_command(argv: Sequence[str]) -> None:
+    """``report``."""
+    a = tyro.cli(Report, prog="python -m reference report", args=list(argv))
+    from reference.report import write_report
+
+    print(f"report: {write_report(a.run)}")
+
+
+def accuracy_command(argv: Sequence[str]) -> None:
+    """``world-accuracy``."""
+    a = tyro.cli(Accuracy, prog="python -m reference world-accuracy", args=list(argv))
+    from reference.world.accuracy import accuracy
+
+    print(accuracy(a.count, a.seed))
+
+
+def pretrain_command(argv: Sequence[str]) -> None:
+    """``world-pretrain``."""
+    from reference.world.pretrain import PretrainConfig, pretrain
+
+    def run(config: PretrainConfig = PretrainConfig(), folder: Path = Path("runs/world-base")) -> None:  # noqa: B008
+        """Make the small world's base model from nothing; a run that was stopped goes on."""
+        pretrain(config, folder)
+
+    tyro.cli(run, prog="python -m reference world-pretrain", args=list(argv), config=(tyro.conf.OmitArgPrefixes,))
+
+
+def similarity_command(argv: Sequence[str]) -> None:
+    """``world-similarity``."""
+    from reference.world.similarity import SimilarityConfig, train_dual_encoder
+
+    def run(config: SimilarityConfig = SimilarityConfig(), folder: Path = Path("runs/world-base")) -> None:  # noqa: B008
+        """Train the small world's dual encoder from nothing."""
+        train_dual_encoder(config, folder)
+
+    tyro.cli(run, prog="python -m reference world-similarity", args=list(argv), config=(tyro.conf.OmitArgPrefixes,))
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "train": (train_command, "fine-tune a base model with several rewards"),
+    "demo": (demo_command, "minutes: weighted sum and MARBLE side by side, with a report"),
+    "controls": (controls_command, "one run a reward: can each be raised at all?"),
+    "report": (report_command, "write the HTML report of a run again"),
+    "world-accuracy": (accuracy_command, "how well the rewards judge rendered scenes"),
+    "world-pretrain": (pretrain_command, "make the small world's base model from nothing"),
+    "world-similarity": (similarity_command, "train the small world's dual encoder from nothing"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; exit status 0, 1 for a run that failed, 2 for input that cannot be used, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m reference COMMAND [flags]    (COMMAND --help for its flags)\n")
+        print("\n".join(f"  {name:18}{text}" for name, (_, text) in COMMANDS.items()))
+        return 0
+    if argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Commands: {', '.join(COMMANDS)}."
+        print(f"no command {argv[0]!r}. {hint}", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[argv[0]][0](argv[1:])
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (RewardError, TrainingError, CheckpointError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"{error or 'stopped'}. Go on with --resume.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

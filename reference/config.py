@@ -1,0 +1,366 @@
+"""The configuration of a run: frozen dataclasses, presets, TOML files; what is wrong is said before anything loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from reference.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Preset = Literal["world", "demo", "tiny"]
+BUILT_IN_RULES = ("marble", "marble-paper", "weighted-sum", "uniform")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model and the adapter trained on it."""
+
+    base: str = "world"
+    """"world" for the small model that ships with the code, or a folder with the same layout."""
+    lora_rank: int = 16
+    """Rank of the LoRA matrices."""
+    lora_alpha: float = 32.0
+    """LoRA's scale is lora_alpha / lora_rank."""
+    lora_targets: Literal["linear", "attention"] = "linear"
+    """Layers that get an adapter: every linear layer of the blocks, or the attention projections (the paper's)."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Prompts, and how images are sampled from the old policy."""
+
+    prompts: str = "world"
+    """"world" for generated prompts, or a text file with one prompt a line."""
+    pool: int = 64
+    """Number of generated training prompts; ignored for a file."""
+    prompts_per_epoch: int = 6
+    """Prompts drawn for each epoch, a group of images for each."""
+    images_per_prompt: int = 24
+    """Images of a group; advantages are relative to their mean."""
+    steps: int = 8
+    """Sampling steps."""
+    sampler: Literal["euler", "dpm2"] = "euler"
+    """Deterministic solver: Euler, or DPM-Solver of order 2 (the paper's)."""
+    batch: int = 72
+    """Images sampled at a time; memory only, results do not depend on it beyond rounding."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The NFT loss and its advantages."""
+
+    form: Literal["x0", "velocity"] = "x0"
+    """DiffusionNFT's adaptive x0 loss, or the plain velocity loss."""
+    beta: float = 0.1
+    """Strength of the positive and negative branch."""
+    a_max: float = 5.0
+    """Advantages are clamped here."""
+    kl_weight: float = 0.0
+    """Weight of the pull to the base model, outside the balancing; above 0 it costs one more forward pass."""
+    std: Literal["global", "group"] = "global"
+    """Standard deviation that divides advantages: over the epoch's images, or within each prompt's group."""
+    timesteps_per_image: int = 3
+    """Of the sampler's timesteps, how many each image is trained on; 0 for all."""
+
+
+@dataclass(frozen=True)
+class SolveConfig:
+    """Switches of the balancing rule. None leaves what the rule says."""
+
+    gradients: Literal["signal", "full"] | None = None
+    """Balance the reward part h_k of the gradients (ours) or all of g_k = g_prox + h_k (the paper)."""
+    normalize: bool | None = None
+    """Balance unit gradients; False is an ablation."""
+    refresh_every: int | None = None
+    """Optimiser steps from one solve (and one measurement of cosines) to the next; the paper's N."""
+    rho: float | None = None
+    """Memory of the smoothed weights; 0 turns smoothing off."""
+    guard: float | None = None
+    """Margin in [0, 1) of the guarded smoothing; 0 for the plain EMA."""
+    amortize: Literal["norm_corrected", "paper"] | None = None
+    """Between solves apply c_k = n alpha_k / |g_k| (ours), or alpha_k itself (the paper)."""
+    rows: Literal["shared", "k_pass"] = "shared"
+    """All K gradients from one shared backward pass, or from K passes."""
+    uniform_tail: int = 0
+    """Epochs at the end with uniform weights."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, and the two moving averages of the adapter."""
+
+    lr: float = 1e-3
+    """Learning rate, constant."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay of the first and second moment."""
+    weight_decay: float = 1e-4
+    """AdamW's weight decay."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip: float = 1.0
+    """Gradients are scaled down to this norm."""
+    steps_per_epoch: int = 2
+    """Optimiser steps an epoch, each on its share of the images."""
+    micro_batch: int = 108
+    """Rows (an image at a timestep) of one forward and backward pass; gradients accumulate over them."""
+    old_decay: Literal["standard", "slow"] = "standard"
+    """Schedule by which the sampling policy follows: decay min(0.001 step, 0.5), or the paper's for OCR."""
+    ema_cap: float = 0.9
+    """Largest decay of the weights kept for evaluation."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Evaluation, checkpoints and trackers."""
+
+    eval_every: int = 10
+    """Epochs between evaluations on held-out prompts; 0 for the first and last only."""
+    eval_prompts: int = 60
+    """Held-out prompts, the same ones at every evaluation."""
+    eval_images: int = 4
+    """Images of each of them, from the same noise at every evaluation."""
+    eval_steps: int = 10
+    """Sampling steps of evaluation images."""
+    save_every: int = 10
+    """Epochs between checkpoints; the last two are kept."""
+    watch: tuple[str, ...] = ("objects_strict",)
+    """Rewards that evaluations report beside the trained ones: held-out rewards."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Trackers of accelerate: tensorboard, wandb, comet_ml, mlflow, ...; none with an empty list."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run. Each field has a flag; values come from the preset, then the file, then the command line."""
+
+    run: Path = Path("runs/world")
+    """Folder of the run: config, metrics, checkpoints, images, report."""
+    balance: str = "marble"
+    """marble, marble-paper, weighted-sum, uniform, or module:callable from a Gram matrix to weights."""
+    rewards: tuple[str, ...] = ("objects", "text", "similarity", "colour", "jpeg")
+    """Rewards to raise: names of the world's five, or module:callable of your own."""
+    reward_weights: tuple[float, ...] = ()
+    """Weights of the raw rewards for weighted-sum; empty for 1 each."""
+    epochs: int = 120
+    """Epochs: sample, score, train, follow."""
+    seed: int = 0
+    """Seed of everything random."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    solve: SolveConfig = field(default_factory=SolveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A balancing rule with every switch set."""
+
+    kind: Literal["solve", "weighted-sum", "uniform"]
+    solver: str
+    gradients: Literal["signal", "full"]
+    normalize: bool
+    refresh_every: int
+    rho: float
+    guard: float
+    amortize: Literal["norm_corrected", "paper"]
+    rows: Literal["shared", "k_pass"]
+
+
+_OURS = Rule("solve", "min-norm", "signal", True, 10, 0.7, 0.5, "norm_corrected", "shared")
+_RULES = {
+    "marble": _OURS,
+    "marble-paper": dataclasses.replace(_OURS, gradients="full", guard=0.0, amortize="paper"),
+    "weighted-sum": dataclasses.replace(_OURS, kind="weighted-sum"),
+    "uniform": dataclasses.replace(_OURS, kind="uniform"),
+}
+
+
+def rule_of(config: Config) -> Rule:
+    """The balancing rule of a run: its name's defaults, then the switches that were set.
+
+    Example:
+        >>> rule_of(Config(balance="marble-paper", solve=SolveConfig(refresh_every=1))).gradients
+        'full'
+    """
+    base = _RULES.get(config.balance, dataclasses.replace(_OURS, solver=config.balance))
+    names = {f.name for f in dataclasses.fields(Rule)}
+    given = {k: v for k, v in vars(config.solve).items() if k in names and v is not None}
+    return dataclasses.replace(base, **given)
+
+
+def preset(name: Preset) -> Config:
+    """The configuration of a preset.
+
+    ``world``: the small world for 20-30 minutes on two cores. ``demo``: a few minutes. ``tiny``: seconds, for tests.
+    """
+    if name == "world":
+        return Config()
+    if name == "demo":
+        log = LogConfig(eval_every=0, eval_prompts=40, save_every=0)
+        return Config(run=Path("runs/demo"), epochs=18, log=log)
+    rollout = RolloutConfig(pool=4, prompts_per_epoch=2, images_per_prompt=4, steps=3, batch=8)
+    loss = LossConfig(timesteps_per_image=2)
+    optim = OptimConfig(micro_batch=8)
+    log = LogConfig(eval_every=0, eval_prompts=3, eval_images=2, eval_steps=2, save_every=1, trackers=())
+    return Config(run=Path("runs/tiny"), epochs=2, rollout=rollout, loss=loss, optim=optim, log=log)
+
+
+def from_toml(path: Path, base: Config) -> Config:
+    """``base`` with the values of a TOML file: top-level keys and one table a group, as ``to_toml`` writes them.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown (with the nearest valid one), or a type is wrong.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"config: cannot read {path}: {error}") from error
+    return _updated(base, values, "")
+
+
+def _updated(base: Any, values: dict[str, Any], prefix: str) -> Any:
+    """A dataclass with some fields replaced, every key and type checked."""
+    hints = typing.get_type_hints(type(base))
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            hint = f" Did you mean {prefix}{near[0]}?" if near else f" Valid keys: {', '.join(sorted(hints))}."
+            raise ConfigError(f"config: unknown key {prefix}{key}.{hint}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise ConfigError(f"config: expected {prefix}{key} to be a table, got {value!r}.")
+            changes[key] = _updated(getattr(base, key), value, f"{prefix}{key}.")
+        else:
+            changes[key] = _converted(value, hints[key], prefix + key)
+    return dataclasses.replace(base, **changes)
+
+
+def _converted(value: Any, hint: Any, key: str) -> Any:
+    """A TOML value as the type of its field."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _converted(value, next(a for a in arguments if a is not type(None)), key)
+    if origin is Literal:
+        if value not in arguments:
+            near = difflib.get_close_matches(str(value), map(str, arguments), n=1)
+            hint_text = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"config: expected {key} to be one of {list(arguments)}, got {value!r}.{hint_text}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list) or (arguments[-1] is not ... and len(value) != len(arguments)):
+            raise ConfigError(f"config: expected {key} to be a list of {len(arguments)}, got {value!r}.")
+        return tuple(_converted(item, arguments[0], key) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if type(value) is not hint:
+        got = f"{value!r} ({type(value).__name__})"
+        raise ConfigError(f"config: expected {key} to be {hint.__name__}, got {got}.")
+    return value
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML, which ``from_toml`` reads back; switches that are None are left out."""
+    lines, tables = [], []
+    for name, value in vars(config).items():
+        if dataclasses.is_dataclass(value):
+            items = [f"{k} = {_literal(v)}" for k, v in vars(value).items() if v is not None]
+            tables += ["", f"[{name}]", *items]
+        else:
+            lines.append(f"{name} = {_literal(value)}")
+    return "\n".join([*lines, *tables]) + "\n"
+
+
+def _literal(value: Any) -> str:
+    """A value in TOML, which for these types is JSON."""
+    return json.dumps(list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value)
+
+
+def validate(config: Config) -> None:
+    """Check values and combinations.
+
+    Raises:
+        ConfigError: the first thing that is wrong, and what to change.
+    """
+    rollout, loss, optim, rule = config.rollout, config.loss, config.optim, rule_of(config)
+    positive = {
+        "epochs": config.epochs, "model.lora_rank": config.model.lora_rank, "model.lora_alpha": config.model.lora_alpha,
+        "rollout.pool": rollout.pool, "rollout.prompts_per_epoch": rollout.prompts_per_epoch,
+        "rollout.steps": rollout.steps, "rollout.batch": rollout.batch, "loss.beta": loss.beta,
+        "loss.a_max": loss.a_max, "solve.refresh_every": rule.refresh_every, "optim.lr": optim.lr,
+        "optim.clip": optim.clip, "optim.steps_per_epoch": optim.steps_per_epoch,
+        "optim.micro_batch": optim.micro_batch, "log.eval_prompts": config.log.eval_prompts,
+        "log.eval_images": config.log.eval_images, "log.eval_steps": config.log.eval_steps,
+    }  # fmt: skip
+    for name, value in positive.items():
+        _check(value > 0, f"{name} to be positive", value)
+    shares = {"solve.rho": rule.rho, "solve.guard": rule.guard, "optim.ema_cap": optim.ema_cap}
+    for name, value in shares.items():
+        _check(0 <= value < 1 or (name != "solve.guard" and value == 1), f"{name} to be in [0, 1]", value)
+    for name, value in {"loss.kl_weight": loss.kl_weight, "log.eval_every": config.log.eval_every}.items():
+        _check(value >= 0, f"{name} to be at least 0", value)
+    names = config.rewards
+    _check(len(names) > 0, "rewards to name at least one", names)
+    _check(len(set(names)) == len(names), "rewards to be distinct", names)
+    _check(
+        len(config.reward_weights) in (0, len(names)), f"reward_weights to be empty or {len(names)} numbers, one a "
+        "reward", config.reward_weights,
+    )  # fmt: skip
+    _check(not config.reward_weights or config.balance == "weighted-sum", "reward_weights only with balance "
+           "weighted-sum; another rule would ignore them", config.reward_weights)  # fmt: skip
+    _check(rollout.images_per_prompt >= 2, "rollout.images_per_prompt to be at least 2: advantages are relative to the "
+           "group", rollout.images_per_prompt)  # fmt: skip
+    _check(0 <= loss.timesteps_per_image <= rollout.steps, "loss.timesteps_per_image to be at most rollout.steps = "
+           f"{rollout.steps}", loss.timesteps_per_image)  # fmt: skip
+    images = rollout.prompts_per_epoch * rollout.images_per_prompt
+    _check(images >= optim.steps_per_epoch, f"optim.steps_per_epoch to be at most the {images} images of an epoch",
+           optim.steps_per_epoch)  # fmt: skip
+    _check(rollout.prompts != "world" or rollout.prompts_per_epoch <= rollout.pool, "rollout.prompts_per_epoch to be "
+           f"at most rollout.pool = {rollout.pool}", rollout.prompts_per_epoch)  # fmt: skip
+    _check(0 <= config.solve.uniform_tail <= config.epochs, f"solve.uniform_tail to be at most epochs = {config.epochs}",
+           config.solve.uniform_tail)  # fmt: skip
+    _check_rule(config, rule)
+
+
+def _check_rule(config: Config, rule: Rule) -> None:
+    """Combinations of rule and switches that contradict each other."""
+    name = config.balance
+    if name not in BUILT_IN_RULES and ":" not in name and "." not in name:
+        near = difflib.get_close_matches(name, BUILT_IN_RULES, n=1)
+        raise ConfigError(
+            f"config: expected balance to be one of {list(BUILT_IN_RULES)} or module:callable, got {name!r}."
+            + (f" Did you mean {near[0]!r}?" if near else "")
+        )
+    switches = ("gradients", "normalize", "rho", "guard", "amortize")
+    if rule.kind != "solve":
+        used = [s for s in switches if getattr(config.solve, s) is not None]
+        _check(not used, f"no solve.{'/'.join(used)} with balance {name}, which has nothing to solve", used)
+        _check(config.solve.uniform_tail == 0, f"no solve.uniform_tail with balance {name}", config.solve.uniform_tail)
+    _check(rule.normalize or rule.guard == 0, "solve.guard 0 where solve.normalize is false: the guard is about unit "
+           "gradients", rule.guard)  # fmt: skip
+    _check(rule.gradients == "signal" or rule.amortize == "paper" or rule.normalize, "solve.amortize paper for full "
+           "gradients that are not normalized", rule.amortize)  # fmt: skip
+
+
+def _check(ok: bool, expected: str, got: object) -> None:
+    """Raise unless ``ok``."""
+    if not ok:
+        raise ConfigError(f"config: expected {expected}, got {got!r}.")

@@ -1,0 +1,112 @@
+"""Held-out evaluation: the same prompts and noise every time, means over prompts with 95 % intervals."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from reference.base import Base
+from reference.policy import Adapter, Policy, active, velocity, weights_of
+from reference.rollout import Sampler, sample
+from reference.scoring import Reward, Scores, score
+
+
+class Interval(NamedTuple):
+    """A mean over ``n`` prompts with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def generator(seed: int, *purpose: object) -> torch.Generator:
+    """A generator that depends on the seed and on what it is for, and on nothing that happened before."""
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def generate(
+    policy: Policy,
+    base: Base,
+    prompts: Sequence[str],
+    noise: Tensor,
+    *,
+    adapter: Adapter,
+    sampler: Sampler,
+    steps: int,
+    batch: int,
+) -> tuple[Tensor, Tensor]:
+    """Sample one latent and image for each prompt.
+
+    Returns:
+        ``(latents [N, C, H, W], images [N, 3, H', W'])``.
+    """
+    embeds, pooled = base.encode(prompts)
+    latents = []
+    with torch.no_grad(), active(policy, adapter):
+        for start in range(0, len(prompts), batch):
+            part = slice(start, start + batch)
+            condition = (embeds[part], pooled[part])
+            flow = lambda x, t, condition=condition: velocity(policy, x, t, condition)  # noqa: E731
+            latents.append(sample(flow, noise[part], base.scheduler, sampler=sampler, steps=steps))
+    x0 = torch.cat(latents)
+    return x0, base.decode(x0)
+
+
+def evaluate(
+    policy: Policy,
+    base: Base,
+    weights: Mapping[str, Tensor],
+    prompts: Sequence[str],
+    rewards: Mapping[str, Reward],
+    *,
+    images: int,
+    sampler: Sampler,
+    steps: int,
+    batch: int,
+    seed: int,
+) -> tuple[Scores, Tensor]:
+    """Score ``images`` images of each prompt, drawn with other adapter weights than the trained ones.
+
+    Returns:
+        ``(Scores [P * images, K], images)``, the images of a prompt side by side.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(images)]
+    noise = torch.randn(len(repeated), *base.latent_shape, generator=generator(seed, "evaluation"))
+    with weights_of(policy, weights):
+        _, pictures = generate(
+            policy, base, repeated, noise, adapter="default", sampler=sampler, steps=steps, batch=batch
+        )
+    return score(rewards, pictures, repeated, [None] * len(repeated)), pictures
+
+
+def prompt_means(scores: Scores, images: int) -> Tensor:
+    """Mean score of each prompt and reward, ``[P, K]``; NaN where the reward does not apply."""
+    values = torch.where(scores.applicable, scores.values, torch.nan)
+    return values.reshape(-1, images, values.shape[1]).nanmean(1)
+
+
+def interval(values: Tensor) -> Interval:
+    """Mean of the values that are not NaN with Student's 95 % interval; prompts are the independent units.
+
+    Example:
+        >>> interval(torch.tensor([1.0, 2.0, 3.0, float("nan")]))
+        Interval(mean=2.0, low=-0.484..., high=4.484..., n=3)
+    """
+    x = values[~values.isnan()].double()
+    n = len(x)
+    if n < 2:
+        return Interval(float(x.mean()) if n else float("nan"), float("nan"), float("nan"), n)
+    mean, half = float(x.mean()), float(stats.t.ppf(0.975, n - 1) * x.std() / n**0.5)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def gain(before: Tensor, after: Tensor) -> list[Interval]:
+    """Change of each reward from ``[P, K]`` to ``[P, K]``, prompt by prompt: the same prompts, the same noise."""
+    return [interval(column) for column in (after - before).unbind(1)]

@@ -1,0 +1,1 @@
+"""Experiments: several runs of the trainer and what they show together."""

@@ -1,0 +1,59 @@
+"""Controls: one run a reward, to see whether each can be raised alone. One that cannot says nothing about balancing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reference.config import Config
+from reference.evaluate import Interval, gain
+from reference.train import train
+
+
+def controls(settings: Config, rewards: Sequence[str], folder: Path) -> str:
+    """Train with each reward alone and report its gain on held-out prompts; finished runs are not repeated.
+
+    Returns:
+        A table in Markdown: reward, mean before and after, gain with its 95 % interval over prompts.
+    """
+    lines = ["| reward alone | before | after | gain | 95 % interval | prompts |", "|---|---|---|---|---|---|"]
+    for name in rewards:
+        others = tuple(r for r in (*settings.rewards, *settings.log.watch) if r != name)
+        log = dataclasses.replace(settings.log, watch=others)
+        run_once(dataclasses.replace(settings, run=folder / name, rewards=(name,), balance="uniform", log=log))
+        first, last, change = held_out_gain(folder / name, name)
+        lines.append(
+            f"| {name} | {first:.3f} | {last:.3f} | {change.mean:+.3f} | [{change.low:+.3f}, {change.high:+.3f}] | "
+            f"{change.n} |"
+        )
+    return "\n".join(lines)
+
+
+def run_once(config: Config) -> None:
+    """Train unless this run is finished; continue one that was stopped."""
+    if not (config.run / "report.html").exists():
+        train(config, resume=(config.run / "metrics.jsonl").exists())
+
+
+def held_out_gain(run: Path, reward: str) -> tuple[float, float, Interval]:
+    """First and last held-out mean of a reward, and its paired change over prompts."""
+    evals = evaluations(run)
+    per_prompt = [torch.tensor([_number(x) for x in e["per_prompt"][reward]]).unsqueeze(1) for e in evals]
+    first, last = evals[0]["rewards"][reward]["mean"], evals[-1]["rewards"][reward]["mean"]
+    return first, last, gain(per_prompt[0], per_prompt[-1])[0]
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    """The held-out evaluations of a run, in order."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == "eval"]
+
+
+def _number(value: float | None) -> float:
+    """A value of ``metrics.jsonl``, where null is NaN."""
+    return float("nan") if value is None else value

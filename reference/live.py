@@ -1,0 +1,101 @@
+"""What a run shows while it goes on: a progress bar, metrics.jsonl, trackers, image grids."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from reference.errors import ConfigError
+
+
+class Live:
+    """Output of one run; every line of ``metrics.jsonl`` also goes to the trackers."""
+
+    def __init__(self, run: Path, trackers: Sequence[str], epochs: int, first: int) -> None:
+        self.file = (run / "metrics.jsonl").open("a", encoding="utf-8")
+        self.accelerator = _trackers(run, trackers) if trackers else None
+        self.bar = tqdm(total=epochs, initial=first, unit="epoch", disable=None, dynamic_ncols=True)
+
+    def phase(self, epoch: int, name: str) -> None:
+        """Say what is being done."""
+        self.bar.set_description(f"epoch {epoch}: {name}")
+
+    def show(self, rewards: dict[str, float], min_cosine: float | None) -> None:
+        """One more epoch done, with the latest rewards and minimum cosine."""
+        cosine = "-" if min_cosine is None else f"{min_cosine:+.2f}"
+        self.bar.set_postfix_str(" ".join(f"{k} {v:.2f}" for k, v in rewards.items()) + f" min cos {cosine}")
+        self.bar.update()
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the bar."""
+        self.bar.write(text)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a record to ``metrics.jsonl`` and send its numbers to the trackers."""
+        self.file.write(json.dumps(_plain(record)) + "\n")
+        self.file.flush()
+        if self.accelerator is not None:
+            self.accelerator.log(dict(_numbers(record["kind"], record)), step=record["step"])
+
+    def position(self) -> int:
+        """Bytes of ``metrics.jsonl`` so far."""
+        return self.file.tell()
+
+    def close(self) -> None:
+        """Close the file, the bar and the trackers."""
+        self.file.close()
+        self.bar.close()
+        if self.accelerator is not None:
+            self.accelerator.end_training()
+
+
+def _trackers(run: Path, names: Sequence[str]) -> Accelerator:
+    """Accelerate's trackers, started."""
+    try:
+        accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=list(names), project_dir=run)
+        accelerator.init_trackers("tensorboard" if list(names) == ["tensorboard"] else run.name)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"log.trackers: cannot start {', '.join(names)}: {error}") from error
+    return accelerator
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: no NaN, which is null."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(prefix: str, record: dict[str, Any]) -> list[tuple[str, float]]:
+    """All numbers of a record under names with slashes."""
+    found: list[tuple[str, float]] = []
+    for key, value in record.items():
+        if isinstance(value, dict):
+            found += _numbers(f"{prefix}/{key}", value)
+        elif isinstance(value, bool | int | float) and key != "step":
+            found.append((f"{prefix}/{key}", float(value)))
+    return found
+
+
+def save_grid(images: Tensor, path: Path, *, columns: int, scale: int = 1) -> None:
+    """Images ``[N, 3, H, W]`` as one PNG, row by row; ``scale`` enlarges without smoothing."""
+    images = F.interpolate(images.detach().float().cpu(), scale_factor=float(scale), mode="nearest")
+    N, C, H, W = images.shape
+    rows = math.ceil(N / columns)
+    sheet = torch.ones(rows * columns, C, H, W)
+    sheet[:N] = images.clamp(0, 1)
+    sheet = sheet.reshape(rows, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(rows * H, columns * W, C)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((sheet * 255).round().byte().numpy()).save(path)

@@ -1,0 +1,78 @@
+"""What a run would do, before it does it: rows, steps, solves, and estimates of memory and time."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from marble_core import refresh_due
+from reference.base import load_base
+from reference.config import Config, rule_of, to_toml
+from reference.policy import add_lora, parameters, velocity
+
+_BYTES = 4  # float32
+
+
+def plan(config: Config) -> str:
+    """The resolved plan as text; loads the model and times one forward and backward pass for the estimates."""
+    r, rule, K = config.rollout, rule_of(config), len(config.rewards)
+    images = r.prompts_per_epoch * r.images_per_prompt
+    J = config.loss.timesteps_per_image or r.steps
+    steps = config.epochs * config.optim.steps_per_epoch
+    refreshes = sum(refresh_due(step, rule.refresh_every) for step in range(steps))
+    forward, train, P = _measure(config)
+    backwards = {"shared": 2.0, "k_pass": K + 1.0}[rule.rows]
+    others = 2.0 if config.loss.kl_weight > 0 else 1.0  # forward passes of the old policy and of the base
+    step = train + others * forward + (backwards - 1) * (train - forward) * refreshes / max(steps, 1)
+    epoch = images * (r.steps * forward + J * step)
+    evaluations = 2 + (config.epochs // config.log.eval_every if config.log.eval_every else 0)
+    evaluation = config.log.eval_prompts * config.log.eval_images * config.log.eval_steps * forward
+    memory = P * _BYTES * (2 + 1 + 2 + 1 + K + 2)  # two adapters, EMA, Adam, gradient, K rows, step before and shared
+    solves = "balances" if rule.kind == "solve" else "measures cosines"
+    return "\n".join(
+        [
+            to_toml(config).rstrip(),
+            "",
+            "# plan",
+            f"# rule          {config.balance}: {rule}",
+            f"# rewards       K = {K}: {', '.join(config.rewards)}",
+            f"# an epoch      {r.prompts_per_epoch} prompts x {r.images_per_prompt} images = {images} images",
+            f"# rows          {images} x {J} timesteps = {images * J}, {images * J // config.optim.steps_per_epoch} a step",
+            f"# run           {config.epochs} epochs = {steps} optimiser steps = {config.epochs * images} images",
+            f"# refreshes     {refreshes}: {solves} every {rule.refresh_every} steps, {backwards:.0f} backward passes each",
+            f"# trained       {P} parameters; gradients of K rewards {K * P * _BYTES / 1e6:.1f} MB, only at a refresh",
+            f"# memory        about {memory / 1e6:.0f} MB beside the base model and the activations of one micro-batch",
+            f"# time          about {(config.epochs * epoch + evaluations * evaluation) / 60:.0f} min here: {epoch:.1f} s an "
+            f"epoch, without scoring ({1000 * forward:.1f} ms a forward pass of one image, {1000 * train:.1f} ms with backward)",
+        ]
+    )
+
+
+def _measure(config: Config) -> tuple[float, float, int]:
+    """Seconds of a forward pass, and of a forward and backward pass, of one image; number of trained parameters."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    base = load_base(config.model.base)
+    m = config.model
+    policy = add_lora(base.transformer, rank=m.lora_rank, alpha=m.lora_alpha, targets=m.lora_targets, seed=0)
+    n = min(config.optim.micro_batch, 32)
+    embeds, pooled = base.encode(["a red circle"] * n)
+    x, t = torch.randn(n, *base.latent_shape), torch.rand(n)
+
+    def forward() -> None:
+        with torch.no_grad():
+            velocity(policy, x, t, (embeds, pooled))
+
+    def both() -> None:
+        trained = list(parameters(policy).values())
+        torch.autograd.grad(velocity(policy, x, t, (embeds, pooled)).square().mean(), trained)
+
+    seconds = []
+    for run in (forward, both):
+        run()
+        began = time.perf_counter()
+        for _ in range(3):
+            run()
+        seconds.append((time.perf_counter() - began) / 3 / n)
+    return seconds[0], seconds[1], sum(p.numel() for p in parameters(policy).values())

@@ -1,0 +1,123 @@
+"""The policy: an SD3 transformer with LoRA adapters default (trained), old (samples) and none (the base)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+
+Adapter = Literal["default", "old", "base"]
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model and the names of its trained tensors.
+
+    Attributes:
+        model: holds both adapters; ``default`` is active and trainable, except inside ``active``.
+        names: the trained parameters of ``default``, as ``model.named_parameters`` has them.
+    """
+
+    model: PeftModel
+    names: tuple[str, ...]
+
+
+def add_lora(
+    transformer: SD3Transformer2DModel, *, rank: int, alpha: float, targets: Literal["linear", "attention"], seed: int
+) -> Policy:
+    """Freeze a transformer and give it the adapters ``default`` and ``old``, equal and without effect at first."""
+    transformer.requires_grad_(False)
+    layers = [
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and name.startswith("transformer_blocks.")
+        and (targets == "linear" or name.split(".", 2)[2].removeprefix("attn.") in ATTENTION)
+    ]
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=layers)  # type: ignore[arg-type]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = get_peft_model(transformer, config)  # type: ignore[arg-type]
+        model.add_adapter("old", config)
+    model.set_adapter("default")
+    policy = Policy(model, tuple(name for name, p in model.named_parameters() if p.requires_grad))
+    load_adapter(policy, "old", adapter_state(policy, "default"))
+    model.eval()
+    return policy
+
+
+def parameters(policy: Policy, adapter: Literal["default", "old"] = "default") -> dict[str, torch.nn.Parameter]:
+    """The tensors of an adapter, under the names of ``default``, in a fixed order."""
+    named = dict(policy.model.named_parameters())
+    return {name: named[name.replace(".default.", f".{adapter}.")] for name in policy.names}
+
+
+def adapter_state(policy: Policy, adapter: Literal["default", "old"]) -> dict[str, Tensor]:
+    """A copy of an adapter's tensors."""
+    return {name: p.detach().clone() for name, p in parameters(policy, adapter).items()}
+
+
+@torch.no_grad()
+def load_adapter(policy: Policy, adapter: Literal["default", "old"], state: Mapping[str, Tensor]) -> None:
+    """Copy tensors into an adapter, in place."""
+    for name, p in parameters(policy, adapter).items():
+        p.copy_(state[name])
+
+
+@contextmanager
+def active(policy: Policy, adapter: Adapter) -> Iterator[None]:
+    """Run with an adapter, or with none (``base``); ``default``, its gradients and modes are back afterwards.
+
+    PEFT's own switch turns the gradients of every other adapter off, and leaves them off.
+    """
+    model = policy.model
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        if adapter == "base":
+            with model.disable_adapter():
+                yield
+        else:
+            model.set_adapter(adapter)
+            yield
+    finally:
+        model.set_adapter("default")
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+@contextmanager
+def weights_of(policy: Policy, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run with other weights in ``default``, such as their moving average; the trained ones are back afterwards."""
+    trained = adapter_state(policy, "default")
+    load_adapter(policy, "default", state)
+    try:
+        yield
+    finally:
+        load_adapter(policy, "default", trained)
+
+
+def velocity(policy: Policy, x_t: Tensor, t: Tensor, condition: Sequence[Tensor]) -> Tensor:
+    """Velocity ``[B, C, H, W]`` of the active adapter.
+
+    Args:
+        x_t: ``[B, C, H, W]``.
+        t: ``[B]`` in [0, 1].
+        condition: prompt embeddings ``[B, L, D]`` and pooled ones ``[B, D']``.
+    """
+    embeds, pooled = condition
+    out = policy.model(
+        hidden_states=x_t,
+        timestep=1000 * t,
+        encoder_hidden_states=embeds,
+        pooled_projections=pooled,
+        return_dict=False,
+    )
+    return out[0]  # type: ignore[no-any-return]

@@ -1,0 +1,106 @@
+"""The state of a run, its checkpoints and its folder."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils import _pytree as pytree
+
+from reference import checkpoint
+from reference.balance import Balance, Tree
+from reference.config import Config, to_toml
+from reference.errors import CheckpointError, ConfigError
+from reference.live import Live
+from reference.policy import Policy, adapter_state, load_adapter
+
+
+class State(NamedTuple):
+    """All that changes from step to step and is in a checkpoint, besides the weights in the policy."""
+
+    epoch: int
+    part: int  # optimiser steps already taken in this epoch
+    step: int  # optimiser steps since the start
+    skipped: int  # steps in a row without a finite gradient
+    ema: Tree
+    balance: Balance
+    previous: Tree | None  # the gradient of the step before a refresh
+
+
+def open_run(config: Config, resume: bool) -> None:
+    """Make the run folder and write ``config.toml``; refuse to write over another run."""
+    run = config.run
+    if (run / "metrics.jsonl").exists() and not resume:
+        raise ConfigError(f"run: {run} already holds a run. Continue it with --resume, or choose another --run.")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        (run / "metrics.jsonl").touch()
+    except OSError as error:
+        raise ConfigError(f"run: cannot write to {run}: {error}. Choose another --run.") from error
+
+
+def save_state(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    config: Config,
+    live: Live,
+    *,
+    last: bool = False,
+) -> None:
+    """Write a checkpoint. A disk that is full stops nothing but the last one: the run goes on, and tries again."""
+    leaves, _ = pytree.tree_flatten(state.balance)
+    data = {
+        "epoch": state.epoch,
+        "part": state.part,
+        "step": state.step,
+        "skipped": state.skipped,
+        "default": adapter_state(policy, "default"),
+        "old": adapter_state(policy, "old"),
+        "ema": state.ema,
+        "optimizer": optimizer.state_dict(),
+        "balance": leaves,
+        "previous": state.previous,
+        "rng": checkpoint.rng_state(),
+        "metrics": live.position(),
+        "config": to_toml(config),
+    }
+    try:
+        checkpoint.save(config.run / "checkpoints", state.step, data)
+    except CheckpointError as error:
+        if last:
+            raise
+        live.say(f"warning: {error} Training goes on; free some space before the next checkpoint.")
+
+
+def restore_state(
+    saved: dict[str, Any], policy: Policy, optimizer: torch.optim.Optimizer, fresh: State, config: Config
+) -> State:
+    """Put a checkpoint back, and cut what was logged after it."""
+    if _essentials(saved["config"]) != _essentials(to_toml(config)):
+        raise ConfigError(
+            f"--resume: the run in {config.run} was started with another configuration (see its config.toml). "
+            "Only epochs, threads and the log table may change; start another run for anything else."
+        )
+    load_adapter(policy, "default", saved["default"])
+    load_adapter(policy, "old", saved["old"])
+    optimizer.load_state_dict(saved["optimizer"])
+    _, spec = pytree.tree_flatten(fresh.balance)
+    with (config.run / "metrics.jsonl").open("r+b") as file:
+        file.truncate(saved["metrics"])
+    return State(
+        saved["epoch"],
+        saved["part"],
+        saved["step"],
+        saved["skipped"],
+        saved["ema"],
+        pytree.tree_unflatten(saved["balance"], spec),
+        saved["previous"],
+    )
+
+
+def _essentials(toml: str) -> str:
+    """A configuration without what may differ between the parts of one run."""
+    lines = toml.split("\n[log]")[0].splitlines()
+    return "\n".join(line for line in lines if line.split(" = ")[0] not in ("epochs", "threads", "run"))

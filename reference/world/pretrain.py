@@ -1,0 +1,176 @@
+"""Pre-training of the world's base model: rectified flow on rendered scenes, reproducible and resumable."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from marble_core import ema_tree
+from reference.world.model import PromptEncoder, encode_images, new_transformer, save_base, token_ids
+from reference.world.render import ink_mask, render
+from reference.world.scenes import KINDS, prompt_of, random_scene
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """How the base model is trained.
+
+    Attributes:
+        steps: optimiser steps.
+        batch: scenes a step.
+        lr: learning rate, of Muon for the matrices inside the blocks and of AdamW for all else.
+        warmup: steps of linear warm-up; then the rate is constant, and the averaged weights are what is kept.
+        ink_weight: weight of the pixels that text inks in the loss: thin strokes are few pixels.
+        seed: of weights, scenes, noise and times.
+        save_every: steps between saved states.
+    """
+
+    steps: int = 6000
+    batch: int = 64
+    lr: float = 2e-3
+    warmup: int = 100
+    ink_weight: float = 2.0
+    seed: int = 0
+    save_every: int = 500
+
+
+def pretrain(config: PretrainConfig, folder: Path) -> None:
+    """Train, log to ``folder/pretrain.log``, save to ``folder/state.pt`` on the way and to ``folder`` in the end.
+
+    Data, noise and times depend on the seed and the step alone, so a run that was stopped goes on as if it had not.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    transformer, encoder = new_transformer(), PromptEncoder()
+    model = nn.ModuleDict({"transformer": transformer, "encoder": encoder})
+    named = dict(model.named_parameters())
+    inside = [p for name, p in named.items() if "transformer_blocks" in name and p.ndim == 2]
+    rest = [p for name, p in named.items() if not ("transformer_blocks" in name and p.ndim == 2)]
+    momenta = [torch.zeros_like(p) for p in inside]
+    optimizer = torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    start = _load(folder / "state.pt", model, optimizer, momenta, average)
+    began, losses = time.monotonic(), []
+    for step in range(start, config.steps):
+        rate = config.lr * min((step + 1) / config.warmup, 1.0)
+        optimizer.param_groups[0]["lr"] = rate
+        loss = _loss(transformer, encoder, *batch(config, step))
+        loss.backward()
+        muon_step(inside, momenta, rate)
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        average = ema_tree(average, dict(model.named_parameters()), min((1 + step) / (10 + step), 0.999))
+        losses.append(loss.detach())
+        if (step + 1) % 100 == 0:
+            line = f"step {step + 1} samples {(step + 1) * config.batch} loss {torch.stack(losses).mean():.4f}"
+            _log(folder, f"{line} seconds {time.monotonic() - began:.0f}")
+            losses = []
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            _save(folder, step + 1, model, optimizer, momenta, average)
+
+
+def batch(config: PretrainConfig, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(latents, noise, t, ids, weight)`` of one step, a function of seed and step; no held-out prompt among them."""
+    seed = (config.seed << 32) + step
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    scenes = [random_scene(rng, rng.choice(KINDS), held_out=False) for _ in range(config.batch)]
+    x0 = encode_images(render(scenes, seed=seed))
+    noise = torch.randn(x0.shape, generator=generator)
+    t = torch.sigmoid(0.5 + torch.randn(config.batch, generator=generator))  # logit-normal as SD3, nearer to noise
+    ink = F.pixel_unshuffle(ink_mask(scenes, seed=seed).float().unsqueeze(1), 2).repeat(1, 3, 1, 1)
+    weight = 1 + (config.ink_weight - 1) * ink
+    return x0, noise, t, token_ids([prompt_of(scene) for scene in scenes]), weight
+
+
+def _loss(
+    transformer: nn.Module, encoder: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, ids: Tensor, weight: Tensor
+) -> Tensor:
+    """Weighted mean square error of the velocity."""
+    s = t.reshape(-1, 1, 1, 1)
+    embeds, pooled = encoder(ids)
+    v = transformer(
+        hidden_states=(1 - s) * x0 + s * noise,
+        timestep=1000 * t,
+        encoder_hidden_states=embeds,
+        pooled_projections=pooled,
+        return_dict=False,
+    )[0]
+    return (weight * (v - (noise - x0)).square()).mean()
+
+
+@torch.no_grad()
+def muon_step(matrices: Sequence[nn.Parameter], momenta: Sequence[Tensor], lr: float, momentum: float = 0.95) -> None:
+    """One step of Muon: along the orthogonal factor of the Nesterov momentum, scaled to the size of an AdamW step.
+
+    ``torch.optim.Muon`` is the same rule, one matrix at a time in bfloat16: on a CPU that took three times as long as
+    the forward and backward pass. Here matrices of one shape are done together, in float32.
+
+    Reference: Jordan et al. (2024), Muon; the scale 0.2 sqrt(max(m, n)): Liu et al., arXiv 2502.16982.
+    """
+    shapes: dict[torch.Size, list[int]] = {}
+    for i, p in enumerate(matrices):
+        assert p.grad is not None
+        momenta[i].lerp_(p.grad, 1 - momentum)
+        shapes.setdefault(p.shape, []).append(i)
+    for shape, members in shapes.items():
+        x = torch.stack(
+            [torch.lerp(grad, momenta[i], momentum) for i in members if (grad := matrices[i].grad) is not None]
+        )
+        x = x if shape[0] <= shape[1] else x.mT
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        for _ in range(5):
+            gram = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = x if shape[0] <= shape[1] else x.mT
+        for i, step in zip(members, x, strict=True):
+            matrices[i].mul_(1 - 0.01 * lr).sub_(step, alpha=lr * 0.2 * max(shape) ** 0.5)
+
+
+def _save(
+    folder: Path,
+    step: int,
+    model: nn.ModuleDict,
+    optimizer: torch.optim.Optimizer,
+    momenta: list[Tensor],
+    average: dict[str, Tensor],
+) -> None:
+    """The state to go on from, and the averaged weights as a base model in float16."""
+    state: dict[str, Any] = {"step": step, "model": model.state_dict(), "average": average, "momenta": momenta}
+    state["optimizer"] = optimizer.state_dict()
+    torch.save(state, folder / "state.tmp")
+    os.replace(folder / "state.tmp", folder / "state.pt")
+    averaged = copy.deepcopy(model)
+    averaged.load_state_dict({**model.state_dict(), **average})
+    save_base(folder, averaged["transformer"].half(), averaged["encoder"].half())  # type: ignore[arg-type]
+
+
+def _load(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, momenta: list[Tensor], average: dict[str, Tensor]
+) -> int:
+    """Load a saved state in place; the step to go on from."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    average.update(state["average"])
+    for momentum, saved in zip(momenta, state["momenta"], strict=True):
+        momentum.copy_(saved)
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def _log(folder: Path, line: str) -> None:
+    """Print a line and keep it."""
+    print(line, flush=True)
+    with (folder / "pretrain.log").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
