@@ -33,10 +33,9 @@ _STYLE: dict[Any, Any] = {
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "svg.fonttype"), "none"),
     **{"font.size": 9, "axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.25},
 }
-_PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+_PAGE = Template("""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>$title</title><style>
+<meta name="viewport" content="width=device-width,initial-scale=1"><title>$title</title><style>
 :root{color-scheme:light dark;--bg:#fff;--ink:#1b1f24;--muted:#68707a;--line:#d8dce1}
 @media(prefers-color-scheme:dark){:root{--bg:#14171a;--ink:#e6e8eb;--muted:#9aa2ac;--line:#343a41}}
 body{max-width:62rem;margin:0 auto;padding:1.5rem 1rem 4rem;background:var(--bg);color:var(--ink);
@@ -321,7 +320,7 @@ def _svg(curves: Sequence[_Curve], size: tuple[float, float], salt: str, log: bo
         for _, x, y, color, dash, width, band in curves:
             sides = enumerate(zip([math.nan, *y], y, [*y[1:], math.nan], strict=False))
             dots = [i for i, (a, _, c) in sides if len(y) <= 40 or (math.isnan(a) and math.isnan(c))]
-            axes.plot(x, y, color=color, ls=dash, lw=width, marker=".", ms=3 * width, markevery=dots)
+            axes.plot(x, y, ".", color=color, ls=dash, lw=width, ms=3 * width, markevery=dots, zorder=1 + width)
             if band is not None:
                 axes.fill_between(x, *band, color=color, alpha=0.18, linewidth=0)
         axes.set(xlabel="step", yscale="log" if log else "linear")

@@ -19,9 +19,9 @@ Array = NDArray[np.float64]
 
 _MIN_CHROMA = 0.3  # max - min of the channels: half-covered edges of objects have more, dim backgrounds less
 _MIN_AREA = 8  # pixels
-_NO_FIT, _FIT = 0.55, 0.85  # overlaps with the ideal shape at which confidence is 0 and 1
+_NO_FIT, _FIT = 0.4, 0.8  # overlaps with the ideal shape at which confidence is 0 and 1
 _AREA_OF_UNIT = (np.pi, 3.24, 2.0)  # of a circle, square and triangle of radius 1
-_LARGE = 4.6  # radius in pixels from which on an object is large
+_LARGE = 4.9  # radius in pixels from which on an object is large
 _MIN_MATCH = 0.65  # correlation with a letter
 _MIN_CONTRAST = 0.06  # standard deviation of whiteness within a letter's window
 

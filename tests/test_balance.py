@@ -1,0 +1,296 @@
+"""One optimiser step of the reference trainer: its gradient against plain autograd, for every rule and switch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from torch import Tensor
+
+from marble_core import branch_losses, combine_interpolation, harmonize, interpolation, min_norm_weights, nft_loss
+from reference.balance import Balance, Rows, StepResult, Tree, init_balance, is_finite, micro_batches, step_gradient
+from reference.config import Config, LossConfig, Rule, SolveConfig, rule_of
+from reference.policy import Policy, active, adapter_state, add_lora, load_adapter, parameters, velocity
+
+K, B = 3, 7
+LOSS = LossConfig(beta=0.5)
+
+
+def tiny_policy() -> Policy:
+    """One SD3 block with an adapter that has drifted from the one that sampled, in float64."""
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=3,
+        out_channels=3,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=6,
+        caption_projection_dim=16,
+        pooled_projection_dim=5,
+        pos_embed_max_size=4,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    ).double()
+    policy = add_lora(transformer, rank=2, alpha=4.0, targets="linear", seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for adapter, size in (("old", 0.1), ("default", 0.12)):
+        noise = {k: size * torch.randn(v.shape, generator=generator) for k, v in adapter_state(policy, "old").items()}
+        load_adapter(policy, adapter, noise)  # type: ignore[arg-type]
+    policy.model.double()
+    return policy
+
+
+def some_rows(A_scale: float = 1.0) -> Rows:
+    g = torch.Generator().manual_seed(2)
+    x0, noise = torch.randn(2, B, 3, 4, 4, generator=g, dtype=torch.float64)
+    t = torch.rand(B, generator=g, dtype=torch.float64)
+    embeds = torch.randn(B, 2, 6, generator=g, dtype=torch.float64)
+    pooled = torch.randn(B, 5, generator=g, dtype=torch.float64)
+    A = A_scale * torch.randn(B, K, generator=g, dtype=torch.float64)
+    return Rows(x0, noise, t, embeds, pooled, A, A_scale * torch.randn(B, generator=g, dtype=torch.float64))
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return tiny_policy()
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    return some_rows()
+
+
+def plain_gradient(policy: Policy, rows: Rows, r: Tensor, loss: LossConfig = LOSS) -> Tree:
+    """Gradient of the mean NFT loss with interpolation ``r [B]``, by nothing but autograd."""
+    t = rows.t.reshape(-1, 1, 1, 1)
+    x_t = (1 - t) * rows.x0 + t * rows.noise
+    with torch.no_grad(), active(policy, "old"):
+        v_old = velocity(policy, x_t, rows.t, (rows.embeds, rows.pooled))
+    v = velocity(policy, x_t, rows.t, (rows.embeds, rows.pooled))
+    l_pos, l_neg = branch_losses(v, v_old, x0=rows.x0, noise=rows.noise, t=rows.t, beta=loss.beta, form=loss.form)
+    scale = loss.a_max / loss.beta if loss.form == "x0" else 1.0
+    objective = scale * nft_loss(r, l_pos, l_neg).mean()
+    if loss.kl_weight:
+        with torch.no_grad(), active(policy, "base"):
+            v_ref = velocity(policy, x_t, rows.t, (rows.embeds, rows.pooled))
+        objective = objective + loss.kl_weight * (v - v_ref).square().mean()
+    trained = parameters(policy)
+    return dict(zip(trained, torch.autograd.grad(objective, list(trained.values())), strict=True))
+
+
+def take(
+    policy: Policy,
+    rows: Rows,
+    rule: Rule,
+    *,
+    balance: Balance | None = None,
+    loss: LossConfig = LOSS,
+    refresh: bool = True,
+    uniform: bool = False,
+    micro_batch: int = 3,
+    previous: Tree | None = None,
+) -> StepResult:
+    return step_gradient(
+        policy,
+        rows,
+        balance or init_balance(K),
+        rule,
+        loss,
+        refresh=refresh,
+        uniform=uniform,
+        micro_batch=micro_batch,
+        previous=previous,
+    )
+
+
+def rule(balance: str = "marble", solve: SolveConfig | None = None) -> Rule:
+    return rule_of(Config(balance=balance, solve=solve or SolveConfig()))
+
+
+def assert_trees(found: Tree, expected: Tree, tol: float = 1e-6) -> None:
+    """Equal to rounding: a diffusers norm computes in float32, whatever the model's dtype."""
+    scale = max(float(x.abs().max()) for x in expected.values())
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, rtol=0, atol=tol * scale)
+
+
+def flat(tree: Tree) -> Tensor:
+    return torch.cat([x.flatten() for x in tree.values()])
+
+
+def full_gradients(policy: Policy, rows: Rows) -> list[Tree]:
+    """The paper's ``g_k``, one plain pass each."""
+    r = interpolation(rows.A)
+    return [plain_gradient(policy, rows, r[:, k]) for k in range(K)]
+
+
+def signal_gradients(policy: Policy, rows: Rows) -> tuple[list[Tree], Tree]:
+    """``h_k = g_k - g_prox``, and ``g_prox``."""
+    prox = plain_gradient(policy, rows, torch.full((B,), 0.5, dtype=torch.float64))
+    return [{n: g[n] - prox[n] for n in g} for g in full_gradients(policy, rows)], prox
+
+
+@pytest.mark.parametrize("name", ["weighted-sum", "uniform"])
+@pytest.mark.parametrize("refresh", [True, False])
+def test_rules_without_a_solve_are_one_nft_loss(policy: Policy, rows: Rows, name: str, refresh: bool) -> None:
+    A = rows.A_sum if name == "weighted-sum" else rows.A.mean(1)
+    assert_trees(take(policy, rows, rule(name), refresh=refresh).gradient, plain_gradient(policy, rows, interpolation(A)))
+
+
+def test_marble_paper_at_a_refresh_is_equations_4_to_8(policy: Policy, rows: Rows) -> None:
+    g = full_gradients(policy, rows)
+    norms = torch.stack([flat(x).norm() for x in g])
+    unit = torch.stack([flat(x) / n for x, n in zip(g, norms, strict=True)])
+    alpha = min_norm_weights(unit @ unit.mT)
+    expected = norms.mean() * (alpha @ unit)
+    found = take(policy, rows, rule("marble-paper"))
+    torch.testing.assert_close(flat(found.gradient), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+    smoothed = 0.7 / K + 0.3 * alpha
+    torch.testing.assert_close(found.balance.coefficients.weights, smoothed, rtol=0, atol=1e-6)
+
+
+def test_marble_paper_between_refreshes_combines_advantages(policy: Policy, rows: Rows) -> None:
+    first = take(policy, rows, rule("marble-paper"))
+    alpha = first.balance.coefficients.weights
+    found = take(policy, rows, rule("marble-paper"), balance=first.balance, refresh=False)
+    assert_trees(found.gradient, plain_gradient(policy, rows, interpolation(rows.A @ alpha)))
+
+
+def test_the_kl_of_the_papers_rule_is_not_scaled_by_the_solve(policy: Policy, rows: Rows) -> None:
+    loss = dataclasses.replace(LOSS, kl_weight=0.3)
+    half = torch.full((B,), 0.5, dtype=torch.float64)
+    without = plain_gradient(policy, rows, half)
+    pull = {n: x - without[n] for n, x in plain_gradient(policy, rows, half, loss).items()}
+    for name in ("marble-paper", "marble", "uniform"):
+        plain, pulled = (take(policy, rows, rule(name), loss=which).gradient for which in (LOSS, loss))
+        assert_trees({n: pulled[n] - plain[n] for n in plain}, pull, 1e-5)
+
+
+def test_marble_balances_the_signal_and_adds_the_shared_part_once(policy: Policy, rows: Rows) -> None:
+    h, prox = signal_gradients(policy, rows)
+    matrix = torch.stack([flat(x) for x in h])
+    solution = harmonize(matrix @ matrix.mT)
+    sharp = rule("marble", SolveConfig(rho=0.0))  # no memory: the fresh solution itself
+    expected = solution.coefficients @ matrix + flat(prox)
+    found = take(policy, rows, sharp)
+    torch.testing.assert_close(flat(found.gradient), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_norm_corrected_coefficients_reproduce_the_refresh_in_one_pass(policy: Policy) -> None:
+    rows = some_rows(A_scale=4.0)  # some advantages are clamped
+    assert (rows.A.abs() > 5).any()
+    for solve in (SolveConfig(), SolveConfig(gradients="full"), SolveConfig(normalize=False, guard=0.0)):
+        first = take(policy, rows, rule("marble", solve))
+        again = take(policy, rows, rule("marble", solve), balance=first.balance, refresh=False)
+        assert_trees(again.gradient, first.gradient)
+
+
+def test_without_normalization_the_weights_are_the_min_norm_point_of_the_raw_gradients(
+    policy: Policy, rows: Rows
+) -> None:
+    matrix = torch.stack([flat(x) for x in signal_gradients(policy, rows)[0]])
+    found = take(policy, rows, rule("marble", SolveConfig(normalize=False, guard=0.0, rho=0.0)))
+    w = min_norm_weights(matrix @ matrix.mT)
+    torch.testing.assert_close(found.balance.applied, w, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["marble", "marble-paper", "uniform"])
+@pytest.mark.parametrize("form", ["x0", "velocity"])
+def test_the_shared_pass_equals_k_passes(policy: Policy, rows: Rows, name: str, form: str) -> None:
+    loss = dataclasses.replace(LOSS, form=form, kl_weight=0.1)  # type: ignore[arg-type]
+    shared, separate = (
+        take(policy, rows, rule(name, SolveConfig(rows=route)), loss=loss)  # type: ignore[arg-type]
+        for route in ("shared", "k_pass")
+    )
+    assert_trees(shared.gradient, separate.gradient)
+
+
+@pytest.mark.parametrize("name", ["marble", "marble-paper", "weighted-sum"])
+@pytest.mark.parametrize("refresh", [True, False])
+def test_micro_batches_only_save_memory(policy: Policy, rows: Rows, name: str, refresh: bool) -> None:
+    whole, parts = (take(policy, rows, rule(name), refresh=refresh, micro_batch=n) for n in (B, 2))
+    assert_trees(parts.gradient, whole.gradient)
+    assert parts.metrics == pytest.approx(whole.metrics, rel=1e-6)
+
+
+def test_a_reward_without_signal_keeps_its_coefficient_and_moves_nobody(policy: Policy, rows: Rows) -> None:
+    first = take(policy, rows, rule())
+    silent = rows._replace(A=rows.A * torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64))
+    second = take(policy, silent, rule(), balance=first.balance)
+    assert second.refresh is not None
+    assert second.refresh["active"] == [True, False, True]
+    assert second.balance.norms[1] == first.balance.norms[1]
+    torch.testing.assert_close(second.balance.coefficients.weights[1], first.balance.coefficients.weights[1])
+    assert is_finite(second.gradient)
+
+
+def test_rewards_that_are_all_silent_change_nothing(policy: Policy, rows: Rows) -> None:
+    first = take(policy, rows, rule())
+    silent = rows._replace(A=0 * rows.A)
+    second = take(policy, silent, rule(), balance=first.balance)
+    assert torch.equal(second.balance.applied, first.balance.applied)
+    assert_trees(second.gradient, plain_gradient(policy, rows, torch.full((B,), 0.5, dtype=torch.float64)))
+
+
+def test_the_uniform_tail_is_the_uniform_rule(policy: Policy, rows: Rows) -> None:
+    first = take(policy, rows, rule())
+    for refresh in (True, False):
+        tail = take(policy, rows, rule(), balance=first.balance, uniform=True, refresh=refresh)
+        assert_trees(tail.gradient, take(policy, rows, rule("uniform"), refresh=refresh).gradient)
+        assert torch.equal(tail.balance.coefficients.weights, first.balance.coefficients.weights)
+
+
+def only_the_first(gram: Tensor) -> Tensor:
+    """A rule of somebody's own."""
+    return torch.eye(gram.shape[0], dtype=gram.dtype)[0]
+
+
+def test_a_rule_of_ones_own(policy: Policy, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: Callable[..., Tensor] = only_the_first
+    monkeypatch.setattr("reference.balance.load_callable", lambda path, argument: found)
+    own = rule("somebody.rules:only_the_first", SolveConfig(rho=0.0))
+    result = take(policy, rows, own)
+    assert result.balance.coefficients.weights.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_cosines_of_this_batch_and_of_the_step_before(policy: Policy, rows: Rows) -> None:
+    previous = plain_gradient(policy, rows, interpolation(rows.A[:, 0]))
+    record = take(policy, rows, rule(), previous=previous).refresh
+    assert record is not None
+    h, _ = signal_gradients(policy, rows)
+    cosines = [float(torch.cosine_similarity(flat(previous), flat(x), dim=0)) for x in h]
+    assert record["next_cosines"] == pytest.approx(cosines, abs=1e-5)
+    assert record["next_min_cosine"] == pytest.approx(min(cosines), abs=1e-5)
+    assert record["null"] == pytest.approx(3**-0.5)
+    assert take(policy, rows, rule()).refresh["next_cosines"] is None  # type: ignore[index]
+
+
+def test_nothing_is_left_behind(policy: Policy, rows: Rows) -> None:
+    before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
+    flags = {n: p.requires_grad for n, p in policy.model.named_parameters()}
+    state = init_balance(K)
+    take(policy, rows, rule(), balance=state, loss=dataclasses.replace(LOSS, kl_weight=0.1))
+    assert {n: p.requires_grad for n, p in policy.model.named_parameters()} == flags
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in policy.model.named_parameters())
+    assert torch.equal(state.applied, init_balance(K).applied)
+
+
+def test_combining_in_r_is_exact_with_clamping(policy: Policy) -> None:
+    rows = some_rows(A_scale=4.0)
+    w = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    state = init_balance(K)._replace(applied=w)
+    found = take(policy, rows, rule(), balance=state, refresh=False).gradient
+    assert_trees(found, plain_gradient(policy, rows, combine_interpolation(w, interpolation(rows.A))))
+
+
+def test_micro_batches_cover_every_row_once(rows: Rows) -> None:
+    parts = list(micro_batches(rows, 3))
+    assert [len(part.t) for part in parts] == [3, 3, 1]
+    for i, x in enumerate(rows):
+        assert torch.equal(torch.cat([part[i] for part in parts]), x)

@@ -1,0 +1,175 @@
+"""The policy's adapters and the samplers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from reference.policy import (
+    ATTENTION,
+    Policy,
+    active,
+    adapter_state,
+    add_lora,
+    load_adapter,
+    parameters,
+    velocity,
+    weights_of,
+)
+from reference.rollout import sample, times
+
+
+def transformer() -> SD3Transformer2DModel:
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=3,
+        out_channels=3,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=6,
+        caption_projection_dim=16,
+        pooled_projection_dim=5,
+        pos_embed_max_size=4,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    ).eval()
+
+
+INPUT = (torch.randn(2, 3, 4, 4), torch.tensor([0.3, 0.9]), (torch.randn(2, 2, 6), torch.randn(2, 5)))
+
+
+def run(policy: Policy) -> Tensor:
+    with torch.no_grad():
+        return velocity(policy, *INPUT)
+
+
+@pytest.fixture
+def policy() -> Policy:
+    policy = add_lora(transformer(), rank=2, alpha=4.0, targets="linear", seed=0)
+    for i, adapter in enumerate(("default", "old")):
+        g = torch.Generator().manual_seed(i)
+        state = {k: 0.2 * torch.randn(v.shape, generator=g) for k, v in adapter_state(policy, "default").items()}
+        load_adapter(policy, adapter, state)  # type: ignore[arg-type]
+    return policy
+
+
+def test_a_fresh_adapter_changes_nothing() -> None:
+    plain = transformer()
+    x, t, (embeds, pooled) = INPUT
+    with torch.no_grad():
+        expected = plain(
+            hidden_states=x, timestep=1000 * t, encoder_hidden_states=embeds, pooled_projections=pooled
+        ).sample
+    fresh = add_lora(plain, rank=2, alpha=4.0, targets="linear", seed=0)
+    torch.testing.assert_close(run(fresh), expected, rtol=0, atol=1e-6)
+    with active(fresh, "old"):
+        torch.testing.assert_close(run(fresh), expected, rtol=0, atol=1e-6)
+    trained, old = parameters(fresh), parameters(fresh, "old")
+    assert all(torch.equal(trained[name], old[name]) for name in fresh.names)
+
+
+def test_each_adapter_is_itself_and_base_is_the_base(policy: Policy) -> None:
+    default = run(policy)
+    with active(policy, "old"):
+        old = run(policy)
+    with active(policy, "base"):
+        base = run(policy)
+    assert not torch.allclose(default, old, atol=1e-3)
+    assert not torch.allclose(default, base, atol=1e-3)
+    zero = {name: torch.zeros_like(x) for name, x in adapter_state(policy, "default").items()}
+    with weights_of(policy, zero):
+        torch.testing.assert_close(run(policy), base, rtol=0, atol=1e-6)
+    assert torch.equal(run(policy), default)
+
+
+@pytest.mark.parametrize("adapter", ["default", "old", "base"])
+def test_switching_leaves_gradients_and_modes_as_they_were(policy: Policy, adapter: str) -> None:
+    trainable = {n for n, p in policy.model.named_parameters() if p.requires_grad}
+    assert trainable == set(policy.names)
+    modes = [m.training for m in policy.model.modules()]
+    with pytest.raises(KeyError, match="inside"), active(policy, adapter):  # type: ignore[arg-type]
+        raise KeyError("inside")
+    assert {n for n, p in policy.model.named_parameters() if p.requires_grad} == trainable
+    assert [m.training for m in policy.model.modules()] == modes
+    grads = torch.autograd.grad(velocity(policy, *INPUT).sum(), list(parameters(policy).values()))
+    assert all(g is not None and g.isfinite().all() for g in grads)
+
+
+def test_only_the_adapter_is_trained(policy: Policy) -> None:
+    assert all(".default." in name and "lora_" in name for name in policy.names)
+
+
+def test_targets() -> None:
+    attention = add_lora(transformer(), rank=2, alpha=4.0, targets="attention", seed=0)
+    linear = add_lora(transformer(), rank=2, alpha=4.0, targets="linear", seed=0)
+    layers = {name.split(".transformer_blocks.")[1].split(".lora_")[0] for name in attention.names}
+    assert {layer.split(".attn.")[1] for layer in layers} == set(ATTENTION)
+    assert all(".attn." in f".{layer}" for layer in layers)
+    assert set(attention.names) < set(linear.names)
+    assert any(".ff." in name for name in linear.names)
+    assert any(".attn2." in name for name in linear.names)
+
+
+def test_the_adapter_depends_on_its_seed_alone() -> None:
+    torch.manual_seed(123)
+    first = adapter_state(add_lora(transformer(), rank=2, alpha=4.0, targets="linear", seed=3), "default")
+    before = torch.get_rng_state()
+    torch.manual_seed(77)
+    second = adapter_state(add_lora(transformer(), rank=2, alpha=4.0, targets="linear", seed=3), "default")
+    other = adapter_state(add_lora(transformer(), rank=2, alpha=4.0, targets="linear", seed=4), "default")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    assert torch.equal(before, before.clone())
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpm2"])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_samplers_are_exact_on_a_straight_flow(sampler: str, shift: float) -> None:
+    x0, noise = torch.randn(2, 4, 3, 2, 2)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    straight = lambda x, t: noise - x0  # noqa: E731
+    found = sample(straight, noise, scheduler, sampler=sampler, steps=5)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, x0, rtol=0, atol=2e-5)
+
+
+def test_the_second_order_sampler_is_more_accurate() -> None:
+    # Data N(0, 0.25): the exact velocity field, whose flow maps noise z to z / 2.
+    def v(x: Tensor, t: Tensor) -> Tensor:
+        s = t.reshape(-1, 1, 1, 1)
+        return x * (s - 0.25 * (1 - s)) / (0.25 * (1 - s).square() + s.square())
+
+    noise = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    error = {
+        (sampler, steps): float((sample(v, noise, scheduler, sampler=sampler, steps=steps) - noise / 2).abs().mean())
+        for sampler in ("euler", "dpm2")
+        for steps in (10, 20)
+    }
+    assert error["dpm2", 20] < 0.5 * error["euler", 20]
+    assert error["euler", 20] < 0.7 * error["euler", 10]
+    assert error["dpm2", 20] < 0.5 * error["dpm2", 10]
+
+
+def test_the_model_is_asked_at_the_schedulers_own_times() -> None:
+    asked: list[float] = []
+
+    def v(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(float(t[0]))
+        return torch.zeros_like(x)
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    for sampler in ("euler", "dpm2"):
+        asked.clear()
+        sample(v, torch.zeros(1, 1, 2, 2), scheduler, sampler=sampler, steps=4)  # type: ignore[arg-type]
+        assert asked == pytest.approx(times(scheduler, 4).tolist())
+    sigma = torch.tensor([1.0, 0.75, 0.5, 0.25])
+    assert times(FlowMatchEulerDiscreteScheduler(shift=1.0), 4)[0] == 1.0
+    assert len(times(scheduler, 4)) == len(sigma)
+    assert (times(scheduler, 4).diff() < 0).all()
+    assert (times(scheduler, 4) > 0).all()
