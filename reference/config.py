@@ -72,7 +72,9 @@ class LossConfig:
     std: Literal["global", "group"] = "global"
     """Standard deviation that divides advantages: over the epoch's images, or within each prompt's group."""
     timesteps_per_image: int = 3
-    """Of the sampler's timesteps, how many each image is trained on; 0 for all."""
+    """How many of the sampler's timesteps each image is trained on; 0 for all of timestep_fraction."""
+    timestep_fraction: float = 0.99
+    """Share of the sampler's timesteps, from noise on, that are trained on: 0.99 leaves out the last, almost clean."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,16 @@ def rule_of(config: Config) -> Rule:
     return dataclasses.replace(base, **given)
 
 
+def training_times(config: Config) -> int:
+    """How many of the sampler's timesteps, from noise on, are trained on.
+
+    Example:
+        >>> training_times(Config())  # of 8
+        7
+    """
+    return max(1, int(config.rollout.steps * config.loss.timestep_fraction))
+
+
 def preset(name: Preset) -> Config:
     """The configuration of a preset.
 
@@ -328,8 +340,9 @@ def validate(config: Config) -> None:
            "weighted-sum; another rule would ignore them", config.reward_weights)  # fmt: skip
     _check(rollout.images_per_prompt >= 2, "rollout.images_per_prompt to be at least 2: advantages are relative to the "
            "group", rollout.images_per_prompt)  # fmt: skip
-    _check(0 <= loss.timesteps_per_image <= rollout.steps, "loss.timesteps_per_image to be at most rollout.steps = "
-           f"{rollout.steps}", loss.timesteps_per_image)  # fmt: skip
+    _check(0 < loss.timestep_fraction <= 1, "loss.timestep_fraction to be in (0, 1]", loss.timestep_fraction)
+    _check(0 <= loss.timesteps_per_image <= training_times(config), "loss.timesteps_per_image to be at most the "
+           f"{training_times(config)} that are trained on", loss.timesteps_per_image)  # fmt: skip
     images = rollout.prompts_per_epoch * rollout.images_per_prompt
     _check(images >= optim.steps_per_epoch, f"optim.steps_per_epoch to be at most the {images} images of an epoch",
            optim.steps_per_epoch)  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 
 from marble_core import refresh_due
 from reference.base import load_base
-from reference.config import Config, rule_of, to_toml
+from reference.config import Config, rule_of, to_toml, training_times
 from reference.policy import add_lora, parameters, velocity
 
 _BYTES = 4  # float32
@@ -18,7 +18,7 @@ def plan(config: Config) -> str:
     """The resolved plan as text; loads the model and times one forward and backward pass for the estimates."""
     r, rule, K = config.rollout, rule_of(config), len(config.rewards)
     images = r.prompts_per_epoch * r.images_per_prompt
-    J = config.loss.timesteps_per_image or r.steps
+    J = config.loss.timesteps_per_image or training_times(config)
     steps = config.epochs * config.optim.steps_per_epoch
     refreshes = sum(refresh_due(step, rule.refresh_every) for step in range(steps))
     forward, train, P = _measure(config)

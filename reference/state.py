@@ -28,10 +28,16 @@ class State(NamedTuple):
 
 
 def open_run(config: Config, resume: bool) -> None:
-    """Make the run folder and write ``config.toml``; refuse to write over another run."""
+    """Make the run folder and write ``config.toml``; refuse to write over a run, or to go on as a different one."""
     run = config.run
     if (run / "metrics.jsonl").exists() and not resume:
         raise ConfigError(f"run: {run} already holds a run. Continue it with --resume, or choose another --run.")
+    started = run / "config.toml"
+    if started.exists() and _essentials(started.read_text(encoding="utf-8")) != _essentials(to_toml(config)):
+        raise ConfigError(
+            f"--resume: the run in {run} was started with another configuration (see its config.toml). Only epochs, "
+            "threads and the log table may change; start another run for anything else."
+        )
     try:
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
@@ -64,7 +70,6 @@ def save_state(
         "previous": state.previous,
         "rng": checkpoint.rng_state(),
         "metrics": live.position(),
-        "config": to_toml(config),
     }
     try:
         checkpoint.save(config.run / "checkpoints", state.step, data)
@@ -78,11 +83,6 @@ def restore_state(
     saved: dict[str, Any], policy: Policy, optimizer: torch.optim.Optimizer, fresh: State, config: Config
 ) -> State:
     """Put a checkpoint back, and cut what was logged after it."""
-    if _essentials(saved["config"]) != _essentials(to_toml(config)):
-        raise ConfigError(
-            f"--resume: the run in {config.run} was started with another configuration (see its config.toml). "
-            "Only epochs, threads and the log table may change; start another run for anything else."
-        )
     load_adapter(policy, "default", saved["default"])
     load_adapter(policy, "old", saved["old"])
     optimizer.load_state_dict(saved["optimizer"])

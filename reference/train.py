@@ -28,7 +28,7 @@ from marble_core import (
 from reference import checkpoint
 from reference.balance import Rows, init_balance, is_finite, step_gradient
 from reference.base import Base, load_base
-from reference.config import Config, Rule, rule_of, validate
+from reference.config import Config, Rule, rule_of, training_times, validate
 from reference.errors import Interrupted, RewardError, TrainingError
 from reference.evaluate import evaluate, generate, generator, interval, prompt_means
 from reference.live import Live, save_grid
@@ -221,7 +221,7 @@ def _rows(
 ) -> Rows:
     """Rows of one step: each of its images at some of the sampler's own times, with fresh noise."""
     random_ = generator(config.seed, "rows", state.epoch, state.part)
-    schedule = times(base.scheduler, config.rollout.steps)
+    schedule = times(base.scheduler, config.rollout.steps)[: training_times(config)]
     J = config.loss.timesteps_per_image or len(schedule)
     chosen = torch.rand(len(index), len(schedule), generator=random_).argsort(1)[:, :J]
     image = index.repeat_interleave(J)

@@ -1,0 +1,310 @@
+"""The training loop end to end on the small world: resuming bit-exactly, and everything that can go wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from reference import checkpoint
+from reference import train as train_module
+from reference.config import Config, SolveConfig, preset, to_toml
+from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
+from reference.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+REWARDS = ("objects", "colour", "jpeg")
+
+
+def config(run: Path, **changes: Any) -> Config:
+    """Three epochs of two steps each, refreshed every second step; a few seconds."""
+    tiny = preset("tiny")
+    given = {"epochs": 3, "rewards": REWARDS, "solve": SolveConfig(refresh_every=2), **changes}
+    return dataclasses.replace(tiny, run=run, log=dataclasses.replace(tiny.log, watch=()), **given)
+
+
+def records(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [r for r in map(json.loads, lines) if kind in (None, r["kind"])]
+
+
+def without_times(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in records(run)]
+
+
+def final_state(run: Path) -> dict[str, Any]:
+    state = checkpoint.latest(run / "checkpoints")
+    assert state is not None
+    return {k: v for k, v in state.items() if k not in ("metrics", "config")}  # byte counts contain times
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Equal bit for bit, through nested dicts and lists."""
+    assert type(a) is type(b)
+    if isinstance(a, Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a.nan_to_num(nan=-7.0), b.nan_to_num(nan=-7.0))
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    train(config(run))
+    return run
+
+
+def test_a_run_writes_everything_it_promises(unbroken: Path) -> None:
+    for name in ("config.toml", "metrics.jsonl", "report.html", "grids/before.png", "grids/after.png"):
+        assert (unbroken / name).stat().st_size > 0
+    assert (unbroken / "config.toml").read_text() == to_toml(config(unbroken))
+    assert [r["step"] for r in records(unbroken, "step")] == [1, 2, 3, 4, 5, 6]
+    assert [r["refresh"] for r in records(unbroken, "step")] == [True, False] * 3
+    assert [r["step"] for r in records(unbroken, "refresh")] == [1, 3, 5]
+    assert [r["next_cosines"] is not None for r in records(unbroken, "refresh")] == [False, True, True]
+    assert [r["step"] for r in records(unbroken, "eval")] == [0, 6]
+    assert set(records(unbroken, "epoch")[0]["rewards"]) == set(REWARDS)
+    state = final_state(unbroken)
+    assert any(not torch.equal(state["default"][n], state["old"][n]) for n in state["default"])
+
+
+def test_training_moves_the_adapter_only(unbroken: Path) -> None:
+    state = final_state(unbroken)
+    still = [name for name, x in state["default"].items() if "lora_B" in name and not x.any()]
+    # The last block drops its text stream, and with it the queries of the text.
+    assert [name.split(".transformer_blocks.")[1] for name in still] == ["3.attn.add_q_proj.lora_B.default.weight"]
+
+
+def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send Ctrl-C from inside the step with this number."""
+    original = train_module.step_gradient
+    seen = [0]
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen[0] += 1
+        if seen[0] == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(train_module, "step_gradient", spy)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_ctrl_c_finishes_the_step_saves_and_goes_on_bit_exactly(
+    tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(steps, patch)
+        with pytest.warns(UserWarning, match="stopping after this step"), pytest.raises(Interrupted):
+            train(config(run))
+    assert final_state(run)["step"] == steps
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(config(run), resume=True)
+    assert_same(final_state(run), final_state(unbroken))
+    assert without_times(run) == without_times(unbroken)
+
+
+def test_a_killed_run_goes_on_bit_exactly(tmp_path: Path, unbroken: Path) -> None:
+    run = tmp_path / "run"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2]); import tests_config as t; from pathlib import Path;"
+        "from reference.train import train; train(t.config(Path(sys.argv[1])))"
+    )
+    (tmp_path / "tests_config.py").write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, "-c", code, str(run), str(tmp_path)], env=environment)
+    deadline = time.monotonic() + 120
+    while not list((run / "checkpoints").glob("*.ckpt")):  # the first epoch is saved
+        assert process.poll() is None, "the run ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (run / "report.html").exists()
+    train(config(run), resume=True)
+    assert_same(final_state(run), final_state(unbroken))
+    assert without_times(run) == without_times(unbroken)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, unbroken: Path) -> None:
+    run = tmp_path / "run"
+    train(config(run, epochs=2))
+    newest = max((run / "checkpoints").glob("*.ckpt"))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    (run / "report.html").unlink()
+    with pytest.warns(UserWarning, match=r"step-00000004.ckpt is damaged.*before it"):
+        train(config(run), resume=True)
+    assert_same(final_state(run), final_state(unbroken))
+
+
+def test_a_run_is_not_written_over_and_not_resumed_as_another(unbroken: Path) -> None:
+    before = (unbroken / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"already holds a run.*--resume"):
+        train(config(unbroken))
+    toml = (unbroken / "config.toml").read_text()
+    with pytest.raises(ConfigError, match="another configuration"):
+        train(config(unbroken, balance="uniform"), resume=True)
+    assert (unbroken / "metrics.jsonl").read_bytes() == before
+    assert (unbroken / "config.toml").read_text() == toml
+
+
+def test_resuming_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config(run, epochs=1))
+    before = without_times(run)
+    train(config(run, epochs=1), resume=True)
+    assert without_times(run) == before
+
+
+def reward(change: Callable[[Tensor], Any], calls: int) -> Callable[..., Any]:
+    """A reward that is well for so many calls, and then is not."""
+    seen = [0]
+
+    def score(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Any:
+        seen[0] += 1
+        good = images.mean((1, 2, 3))
+        return good if seen[0] <= calls else change(good)
+
+    return score
+
+
+def fail(good: Tensor) -> Tensor:
+    raise RuntimeError("no server")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (fail, "reward 'mine:own' raised RuntimeError: no server"),
+        (lambda x: x[:-1], r"expected scores of shape \[8\].*got \[7\]"),
+        (lambda x: x * torch.tensor([1.0] * 7 + [torch.nan]), "finite scores, got nan for image 7"),
+        (lambda x: x / 0, "finite scores, got inf for image 0"),
+        (lambda x: [0.0] * 8, "expected scores of shape .* got list"),
+    ],
+)
+def test_a_bad_reward_stops_the_run_with_everything_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Any], message: str
+) -> None:
+    run, calls = tmp_path / "run", 2  # the first evaluation and the first epoch
+    mine = config(run, rewards=("colour", "mine:own"))
+    monkeypatch.setattr(train_module, "validate", lambda config: None)
+    monkeypatch.setattr(train_module, "load_callable", lambda path, argument: reward(change, calls))
+    with pytest.raises(RewardError, match=message):
+        train(mine)
+    assert final_state(run)["step"] == 2
+    monkeypatch.setattr(train_module, "load_callable", lambda path, argument: reward(change, 99))
+    train(mine, resume=True)
+    assert final_state(run)["step"] == 6
+
+
+def test_a_constant_reward_is_warned_about_and_keeps_its_coefficient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setattr(train_module, "validate", lambda config: None)
+    monkeypatch.setattr(train_module, "load_callable", lambda path, argument: reward(torch.ones_like, 0))
+    train(config(run, rewards=("colour", "jpeg", "mine:own"), epochs=1))
+    (epoch,) = records(run, "epoch")
+    assert epoch["warnings"] == ["reward 'mine:own' was constant within every group; its coefficient is carried over"]
+    refresh = records(run, "refresh")[0]
+    assert refresh["active"] == {"colour": True, "jpeg": True, "mine:own": False}
+    assert refresh["smoothed"]["mine:own"] == pytest.approx(1 / 3)
+
+
+def test_steps_without_a_finite_gradient_are_skipped_and_ten_in_a_row_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = train_module.step_gradient
+    seen = [0]
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        seen[0] += 1
+        result = original(*args, **kwargs)
+        if 1 < seen[0] < 9:  # 2..8: seven in a row, then one good one, then bad for good
+            return result._replace(gradient={k: x * torch.nan for k, x in result.gradient.items()})
+        if seen[0] > 9:
+            return result._replace(gradient={k: x * torch.inf for k, x in result.gradient.items()})
+        return result
+
+    monkeypatch.setattr(train_module, "step_gradient", broken)
+    run = tmp_path / "run"
+    with pytest.raises(TrainingError, match="not finite 10 steps in a row"):
+        train(config(run, epochs=20))
+    steps = records(run, "step")
+    assert [r["skipped"] for r in steps] == [False] + [True] * 7 + [False] + [True] * 10
+    state = final_state(run)
+    assert all(x.isfinite().all() for x in state["default"].values())
+    assert all(x.isfinite().all() for x in state["ema"].values())
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    run = tmp_path / "run"
+    original = checkpoint.save
+    seen = [0]
+
+    def full(*args: Any) -> Path:
+        seen[0] += 1
+        if seen[0] == 2:
+            raise CheckpointError("cannot save: No space left on device. Earlier checkpoints are untouched.")
+        return original(*args)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    train(config(run))
+    assert "Training goes on" in "".join(capsys.readouterr())
+    assert final_state(run)["step"] == 6
+    monkeypatch.setattr(checkpoint, "save", lambda *args: (_ for _ in ()).throw(CheckpointError("cannot save")))
+    with pytest.raises(CheckpointError, match="cannot save"):
+        train(config(tmp_path / "other", epochs=1))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match=r"cannot write to .*Choose another --run"):
+        train(config(tmp_path / "file" / "run"))
+
+
+def test_prompts_that_cannot_be_used_stop_before_anything_is_done(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\na purple cow\n")
+    rollout = dataclasses.replace(preset("tiny").rollout, prompts=str(prompts))
+    with pytest.raises(ConfigError, match=r"line 2: empty\n  line 3: prompt: expected a scene"):
+        train(config(tmp_path / "run", rollout=rollout))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_same_seed_gives_the_same_run_and_micro_batches_change_nothing(tmp_path: Path, unbroken: Path) -> None:
+    small = dataclasses.replace(preset("tiny").optim, micro_batch=3)
+    train(config(tmp_path / "small", optim=small))
+    a, b = (final_state(run)["default"] for run in (tmp_path / "small", unbroken))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0.02, atol=2e-4)
+    train(config(tmp_path / "other", seed=1, epochs=1))
+    assert records(tmp_path / "other", "epoch")[0]["rewards"] != records(unbroken, "epoch")[0]["rewards"]
+
+
+@pytest.mark.parametrize("balance", ["marble-paper", "weighted-sum", "uniform"])
+def test_every_rule_trains(tmp_path: Path, balance: str) -> None:
+    solve = SolveConfig(refresh_every=2, uniform_tail=1 if balance == "marble-paper" else 0)
+    train(config(tmp_path / "run", balance=balance, epochs=2, solve=solve))
+    assert all(r["min_cosine"] is not None for r in records(tmp_path / "run", "refresh"))
