@@ -7,13 +7,13 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from reference.config import Config, Preset, from_toml, preset, validate
+from reference.config import Config, Preset, PretrainConfig, SimilarityConfig, from_toml, preset, validate
 from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
 
 
@@ -59,6 +59,24 @@ class Accuracy:
     """Scenes."""
     seed: int = 1
     """Seed of the scenes."""
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Make the small world's base model from nothing; a run that was stopped goes on."""
+
+    config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
+    folder: Path = Path("runs/world-base")
+    """Where the model, its log and the state to go on from are written."""
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Train the small world's dual encoder from nothing."""
+
+    config: Annotated[SimilarityConfig, tyro.conf.arg(name="")] = field(default_factory=SimilarityConfig)
+    folder: Path = Path("runs/world-base")
+    """Where the encoder and its log are written."""
 
 
 @dataclass(frozen=True)
@@ -133,24 +151,18 @@ def accuracy_command(argv: Sequence[str]) -> None:
 
 def pretrain_command(argv: Sequence[str]) -> None:
     """``world-pretrain``."""
-    from reference.world.pretrain import PretrainConfig, pretrain
+    a = tyro.cli(Pretrain, prog="python -m reference world-pretrain", args=list(argv))
+    from reference.world.pretrain import pretrain
 
-    def run(config: PretrainConfig = PretrainConfig(), folder: Path = Path("runs/world-base")) -> None:  # noqa: B008
-        """Make the small world's base model from nothing; a run that was stopped goes on."""
-        pretrain(config, folder)
-
-    tyro.cli(run, prog="python -m reference world-pretrain", args=list(argv), config=(tyro.conf.OmitArgPrefixes,))
+    pretrain(a.config, a.folder)
 
 
 def similarity_command(argv: Sequence[str]) -> None:
     """``world-similarity``."""
-    from reference.world.similarity import SimilarityConfig, train_dual_encoder
+    a = tyro.cli(Similarity, prog="python -m reference world-similarity", args=list(argv))
+    from reference.world.similarity import train_dual_encoder
 
-    def run(config: SimilarityConfig = SimilarityConfig(), folder: Path = Path("runs/world-base")) -> None:  # noqa: B008
-        """Train the small world's dual encoder from nothing."""
-        train_dual_encoder(config, folder)
-
-    tyro.cli(run, prog="python -m reference world-similarity", args=list(argv), config=(tyro.conf.OmitArgPrefixes,))
+    train_dual_encoder(a.config, a.folder)
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {

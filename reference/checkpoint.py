@@ -88,7 +88,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def rng_state() -> dict[str, Any]:
     """The state of Python's, NumPy's and torch's global generators, in types that load without running code."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (name, [int(key) for key in keys], int(position), int(has_gauss), float(gauss)),

@@ -170,6 +170,40 @@ class Config:
 
 
 @dataclass(frozen=True)
+class PretrainConfig:
+    """How the world's base model is made: rectified flow on rendered scenes."""
+
+    steps: int = 3000
+    """Optimiser steps."""
+    batch: int = 64
+    """Scenes a step."""
+    lr: float = 2e-3
+    """Learning rate, of Muon for the matrices inside the blocks and of AdamW for all else."""
+    warmup: int = 100
+    """Steps of linear warm-up; then the rate is constant, and the averaged weights are what is kept."""
+    ink_weight: float = 1.0
+    """Weight in the loss of the pixels that text inks."""
+    seed: int = 0
+    """Seed of weights, scenes, noise and times."""
+    save_every: int = 500
+    """Steps between saved states."""
+
+
+@dataclass(frozen=True)
+class SimilarityConfig:
+    """How the world's dual encoder is trained: contrastively, on rendered scenes with a little noise."""
+
+    steps: int = 1500
+    """Optimiser steps."""
+    batch: int = 256
+    """Scenes a step, with distinct prompts."""
+    lr: float = 2e-3
+    """Peak learning rate of AdamW."""
+    seed: int = 0
+    """Seed of weights, scenes and noise."""
+
+
+@dataclass(frozen=True)
 class Rule:
     """A balancing rule with every switch set."""
 
@@ -243,7 +277,8 @@ def from_toml(path: Path, base: Config) -> Config:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"config: cannot read {path}: {error}") from error
-    return _updated(base, values, "")
+    updated: Config = _updated(base, values, "")
+    return updated
 
 
 def _updated(base: Any, values: dict[str, Any], prefix: str) -> Any:

@@ -24,16 +24,17 @@ class Live:
     def __init__(self, run: Path, trackers: Sequence[str], epochs: int, first: int) -> None:
         self.file = (run / "metrics.jsonl").open("a", encoding="utf-8")
         self.accelerator = _trackers(run, trackers) if trackers else None
+        self.min_cosine = math.nan  # of the last refresh
         self.bar = tqdm(total=epochs, initial=first, unit="epoch", disable=None, dynamic_ncols=True)
 
     def phase(self, epoch: int, name: str) -> None:
         """Say what is being done."""
         self.bar.set_description(f"epoch {epoch}: {name}")
 
-    def show(self, rewards: dict[str, float], min_cosine: float | None) -> None:
-        """One more epoch done, with the latest rewards and minimum cosine."""
-        cosine = "-" if min_cosine is None else f"{min_cosine:+.2f}"
-        self.bar.set_postfix_str(" ".join(f"{k} {v:.2f}" for k, v in rewards.items()) + f" min cos {cosine}")
+    def show(self, rewards: dict[str, float]) -> None:
+        """One more epoch done: its rewards, and the minimum cosine of the last refresh."""
+        numbers = " ".join(f"{name} {value:.2f}" for name, value in rewards.items())
+        self.bar.set_postfix_str(f"{numbers} min cos {self.min_cosine:+.2f}")
         self.bar.update()
 
     def say(self, text: str) -> None:
@@ -42,6 +43,7 @@ class Live:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a record to ``metrics.jsonl`` and send its numbers to the trackers."""
+        self.min_cosine = record.get("min_cosine", self.min_cosine)
         self.file.write(json.dumps(_plain(record)) + "\n")
         self.file.flush()
         if self.accelerator is not None:

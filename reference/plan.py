@@ -29,24 +29,21 @@ def plan(config: Config) -> str:
     evaluations = 2 + (config.epochs // config.log.eval_every if config.log.eval_every else 0)
     evaluation = config.log.eval_prompts * config.log.eval_images * config.log.eval_steps * forward
     memory = P * _BYTES * (2 + 1 + 2 + 1 + K + 2)  # two adapters, EMA, Adam, gradient, K rows, step before and shared
-    solves = "balances" if rule.kind == "solve" else "measures cosines"
-    return "\n".join(
-        [
-            to_toml(config).rstrip(),
-            "",
-            "# plan",
-            f"# rule          {config.balance}: {rule}",
-            f"# rewards       K = {K}: {', '.join(config.rewards)}",
-            f"# an epoch      {r.prompts_per_epoch} prompts x {r.images_per_prompt} images = {images} images",
-            f"# rows          {images} x {J} timesteps = {images * J}, {images * J // config.optim.steps_per_epoch} a step",
-            f"# run           {config.epochs} epochs = {steps} optimiser steps = {config.epochs * images} images",
-            f"# refreshes     {refreshes}: {solves} every {rule.refresh_every} steps, {backwards:.0f} backward passes each",
-            f"# trained       {P} parameters; gradients of K rewards {K * P * _BYTES / 1e6:.1f} MB, only at a refresh",
-            f"# memory        about {memory / 1e6:.0f} MB beside the base model and the activations of one micro-batch",
-            f"# time          about {(config.epochs * epoch + evaluations * evaluation) / 60:.0f} min here: {epoch:.1f} s an "
-            f"epoch, without scoring ({1000 * forward:.1f} ms a forward pass of one image, {1000 * train:.1f} ms with backward)",
-        ]
-    )
+    total = config.epochs * epoch + evaluations * evaluation
+    lines = {
+        "rule": f"{config.balance}: {rule}",
+        "rewards": f"K = {K}: {', '.join(config.rewards)}",
+        "an epoch": f"{r.prompts_per_epoch} prompts x {r.images_per_prompt} images = {images} images",
+        "rows": f"{images} x {J} timesteps = {images * J}, {images * J // config.optim.steps_per_epoch} a step",
+        "run": f"{config.epochs} epochs = {steps} optimiser steps = {config.epochs * images} images",
+        "refreshes": f"{refreshes}, every {rule.refresh_every} steps, with {backwards:.0f} backward passes each"
+        + ("" if rule.kind == "solve" else ", to measure cosines"),
+        "trained": f"{P} parameters; the gradients of {K} rewards take {K * P * _BYTES / 1e6:.1f} MB at a refresh",
+        "memory": f"about {memory / 1e6:.0f} MB beside the base model and the activations of one micro-batch",
+        "time": f"about {total / 60:.0f} min here: {epoch:.1f} s an epoch, without scoring",
+        "an image": f"{1000 * forward:.1f} ms a forward pass, {1000 * train:.1f} ms with backward, measured now",
+    }
+    return "\n".join([to_toml(config).rstrip(), "", "# plan", *(f"# {k:12}{v}" for k, v in lines.items())])
 
 
 def _measure(config: Config) -> tuple[float, float, int]:

@@ -42,10 +42,10 @@ def add_lora(
         and name.startswith("transformer_blocks.")
         and (targets == "linear" or name.split(".", 2)[2].removeprefix("attn.") in ATTENTION)
     ]
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=layers)  # type: ignore[arg-type]
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=layers)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = get_peft_model(transformer, config)  # type: ignore[arg-type]
+        model = get_peft_model(transformer, config)
         model.add_adapter("old", config)
     model.set_adapter("default")
     policy = Policy(model, tuple(name for name, p in model.named_parameters() if p.requires_grad))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +25,9 @@ def world_prompts(count: int, seed: int, *, held_out: bool) -> list[str]:
     """
     rng = random.Random(f"prompts {seed} {held_out}")
     found: dict[str, None] = {}
-    while len(found) < count:
-        kind = KINDS[len(found) % len(KINDS)]
+    for kind in itertools.cycle(KINDS):  # single objects run out first: the other kinds then fill their places
+        if len(found) == count:
+            break
         found[prompt_of(random_scene(rng, kind, held_out=held_out))] = None
     return list(found)
 

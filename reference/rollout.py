@@ -16,7 +16,8 @@ Sampler = Literal["euler", "dpm2"]
 
 def times(scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> Tensor:
     """The ``steps`` times ``[steps]`` in (0, 1], from noise to image, at which a sampler evaluates the model."""
-    return _ready(scheduler, "euler", steps).sigmas[:steps].float()
+    sigmas: Tensor = _ready(scheduler, "euler", steps).sigmas
+    return sigmas[:steps].float()
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ def load_callable(path: str, argument: str) -> Callable[..., Any]:
     module, _, name = path.replace(":", ".").rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name) if module else None
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{argument}: expected the dotted path of a callable, got {path!r}: {error}.") from error
     if not callable(found):
         raise ValueError(
@@ -68,7 +68,8 @@ def _one(name: str, reward: Reward, images: Tensor, prompts: Sequence[str], meta
         result = reward(images, prompts, metadata)
     except Exception as error:
         raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
-    values, applicable = result if isinstance(result, tuple) else (result, torch.ones(N, dtype=torch.bool))
+    pair = isinstance(result, tuple) and len(result) == 2
+    values, applicable = result if pair else (result, torch.ones(N, dtype=torch.bool))  # type: ignore[misc]
     for what, x in (("scores", values), ("applicable", applicable)):
         if not isinstance(x, Tensor) or x.shape != (N,):
             got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__

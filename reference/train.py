@@ -266,7 +266,7 @@ def _log_epoch(
     live.log({"kind": "epoch", **record, "rewards": summary, "warnings": notes})
     for note in notes:
         live.say(f"warning, epoch {state.epoch}: {note}")
-    live.show({k: v["mean"] for k, v in summary.items() if v["mean"] is not None}, None)
+    live.show({k: v["mean"] for k, v in summary.items() if v["mean"] is not None})
 
 
 def _evaluate(

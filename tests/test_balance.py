@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -140,7 +141,8 @@ def signal_gradients(policy: Policy, rows: Rows) -> tuple[list[Tree], Tree]:
 @pytest.mark.parametrize("refresh", [True, False])
 def test_rules_without_a_solve_are_one_nft_loss(policy: Policy, rows: Rows, name: str, refresh: bool) -> None:
     A = rows.A_sum if name == "weighted-sum" else rows.A.mean(1)
-    assert_trees(take(policy, rows, rule(name), refresh=refresh).gradient, plain_gradient(policy, rows, interpolation(A)))
+    found = take(policy, rows, rule(name), refresh=refresh).gradient
+    assert_trees(found, plain_gradient(policy, rows, interpolation(A)))
 
 
 def test_marble_paper_at_a_refresh_is_equations_4_to_8(policy: Policy, rows: Rows) -> None:
@@ -202,12 +204,10 @@ def test_without_normalization_the_weights_are_the_min_norm_point_of_the_raw_gra
 
 @pytest.mark.parametrize("name", ["marble", "marble-paper", "uniform"])
 @pytest.mark.parametrize("form", ["x0", "velocity"])
-def test_the_shared_pass_equals_k_passes(policy: Policy, rows: Rows, name: str, form: str) -> None:
-    loss = dataclasses.replace(LOSS, form=form, kl_weight=0.1)  # type: ignore[arg-type]
-    shared, separate = (
-        take(policy, rows, rule(name, SolveConfig(rows=route)), loss=loss)  # type: ignore[arg-type]
-        for route in ("shared", "k_pass")
-    )
+def test_the_shared_pass_equals_k_passes(policy: Policy, rows: Rows, name: str, form: Any) -> None:
+    loss = dataclasses.replace(LOSS, form=form, kl_weight=0.1)
+    routes: tuple[Literal["shared", "k_pass"], ...] = ("shared", "k_pass")
+    shared, separate = (take(policy, rows, rule(name, SolveConfig(rows=route)), loss=loss) for route in routes)
     assert_trees(shared.gradient, separate.gradient)
 
 

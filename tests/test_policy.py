@@ -19,7 +19,7 @@ from reference.policy import (
     velocity,
     weights_of,
 )
-from reference.rollout import sample, times
+from reference.rollout import Sampler, sample, times
 
 
 def transformer() -> SD3Transformer2DModel:
@@ -163,9 +163,10 @@ def test_the_model_is_asked_at_the_schedulers_own_times() -> None:
         return torch.zeros_like(x)
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    for sampler in ("euler", "dpm2"):
+    samplers: tuple[Sampler, ...] = ("euler", "dpm2")
+    for sampler in samplers:
         asked.clear()
-        sample(v, torch.zeros(1, 1, 2, 2), scheduler, sampler=sampler, steps=4)  # type: ignore[arg-type]
+        sample(v, torch.zeros(1, 1, 2, 2), scheduler, sampler=sampler, steps=4)
         assert asked == pytest.approx(times(scheduler, 4).tolist())
     sigma = torch.tensor([1.0, 0.75, 0.5, 0.25])
     assert times(FlowMatchEulerDiscreteScheduler(shift=1.0), 4)[0] == 1.0

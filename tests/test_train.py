@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference import checkpoint
+from reference import balance, checkpoint
 from reference import train as train_module
 from reference.config import Config, SolveConfig, preset, to_toml
 from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
@@ -97,7 +97,7 @@ def test_training_moves_the_adapter_only(unbroken: Path) -> None:
 
 def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send Ctrl-C from inside the step with this number."""
-    original = train_module.step_gradient
+    original = balance.step_gradient
     seen = [0]
 
     def spy(*args: Any, **kwargs: Any) -> Any:
@@ -235,7 +235,7 @@ def test_a_constant_reward_is_warned_about_and_keeps_its_coefficient(
 def test_steps_without_a_finite_gradient_are_skipped_and_ten_in_a_row_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = train_module.step_gradient
+    original = balance.step_gradient
     seen = [0]
 
     def broken(*args: Any, **kwargs: Any) -> Any:

@@ -23,9 +23,7 @@ def controls(settings: Config, rewards: Sequence[str], folder: Path) -> str:
     """
     lines = ["| reward alone | before | after | gain | 95 % interval | prompts |", "|---|---|---|---|---|---|"]
     for name in rewards:
-        others = tuple(r for r in (*settings.rewards, *settings.log.watch) if r != name)
-        log = dataclasses.replace(settings.log, watch=others)
-        run_once(dataclasses.replace(settings, run=folder / name, rewards=(name,), balance="uniform", log=log))
+        run_once(dataclasses.replace(settings, run=folder / name, rewards=(name,), balance="uniform"))
         first, last, change = held_out_gain(folder / name, name)
         lines.append(
             f"| {name} | {first:.3f} | {last:.3f} | {change.mean:+.3f} | [{change.low:+.3f}, {change.high:+.3f}] | "

@@ -27,18 +27,19 @@ def accuracy(count: int = 1000, seed: int = 1) -> str:
     images = render(scenes, seed=seed)
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed))
     lines = ["| reward | right prompt | other prompt of its kind | noise |", "|---|---|---|---|"]
-    for name, reward in {
+    judges: dict[str, Callable[..., Tensor | Scores]] = {
         "objects": rewards.objects,
         "objects, strict": rewards.objects_strict,
         "text": rewards.text,
         "similarity": rewards.similarity,
         "colour": rewards.colourfulness,
         "jpeg": rewards.jpeg,
-    }.items():
+    }
+    for name, reward in judges.items():
         cells = [_mean(reward(x, p)) for x, p in ((images, prompts), (images, other), (noise, prompts))]
         lines.append(f"| {name} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
-    for reward, what in ((rewards.objects, "objects"), (rewards.text, "text")):
-        scores = _scores(reward, images, prompts)
+    for what in ("objects", "text"):
+        scores = _scores(judges[what], images, prompts)
         perfect = (scores.values[scores.applicable] == 1).double().mean()
         lines.append(f"\n{what}: exactly 1 on {100 * float(perfect):.1f} % of {int(scores.applicable.sum())} scenes.")
     lines.append(f"\nsimilarity: {_retrieval(images, prompts)}")

@@ -7,7 +7,6 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from marble_core import ema_tree
+from reference.config import PretrainConfig
 from reference.world.model import PromptEncoder, encode_images, new_transformer, save_base, token_ids
 from reference.world.render import ink_mask, render
 from reference.world.scenes import KINDS, prompt_of, random_scene
 
 KIND_WEIGHTS = (3, 3, 3, 1, 1)  # of KINDS: the base learns letters on a fixed grid much sooner than shapes anywhere
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """How the base model is trained.
-
-    Attributes:
-        steps: optimiser steps.
-        batch: scenes a step.
-        lr: learning rate, of Muon for the matrices inside the blocks and of AdamW for all else.
-        warmup: steps of linear warm-up; then the rate is constant, and the averaged weights are what is kept.
-        ink_weight: weight of the pixels that text inks in the loss: thin strokes are few pixels.
-        seed: of weights, scenes, noise and times.
-        save_every: steps between saved states.
-    """
-
-    steps: int = 6000
-    batch: int = 64
-    lr: float = 2e-3
-    warmup: int = 100
-    ink_weight: float = 1.0
-    seed: int = 0
-    save_every: int = 500
 
 
 def pretrain(config: PretrainConfig, folder: Path) -> None:
@@ -67,7 +44,7 @@ def pretrain(config: PretrainConfig, folder: Path) -> None:
         rate = config.lr * min((step + 1) / config.warmup, 1.0)
         optimizer.param_groups[0]["lr"] = rate
         loss = _loss(transformer, encoder, *batch(config, step))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         muon_step(inside, momenta, rate)
         optimizer.step()
         model.zero_grad(set_to_none=True)
@@ -83,7 +60,7 @@ def pretrain(config: PretrainConfig, folder: Path) -> None:
 
 def batch(config: PretrainConfig, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(latents, noise, t, ids, weight)`` of one step, a function of seed and step; no held-out prompt among them."""
-    seed = (config.seed << 32) + step
+    seed = 1_000_003 * config.seed + step
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     kinds = rng.choices(KINDS, KIND_WEIGHTS, k=config.batch)
     scenes = [random_scene(rng, kind, held_out=False) for kind in kinds]
@@ -101,14 +78,15 @@ def _loss(
     """Weighted mean square error of the velocity."""
     s = t.reshape(-1, 1, 1, 1)
     embeds, pooled = encoder(ids)
-    v = transformer(
+    v: Tensor = transformer(
         hidden_states=(1 - s) * x0 + s * noise,
         timestep=1000 * t,
         encoder_hidden_states=embeds,
         pooled_projections=pooled,
         return_dict=False,
     )[0]
-    return (weight * (v - (noise - x0)).square()).mean()
+    error: Tensor = v - (noise - x0)
+    return (weight * error.square()).mean()
 
 
 @torch.no_grad()

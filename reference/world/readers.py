@@ -19,10 +19,11 @@ Array = NDArray[np.float64]
 
 _MIN_CHROMA = 0.3  # max - min of the channels: half-covered edges of objects have more, dim backgrounds less
 _MIN_AREA = 8  # pixels
-_NO_FIT, _FIT = 0.4, 0.8  # overlaps with the ideal shape at which confidence is 0 and 1
+_NO_FIT, _FIT = 0.5, 0.8  # overlaps with the ideal shape at which confidence is 0 and 1
 _AREA_OF_UNIT = (np.pi, 3.24, 2.0)  # of a circle, square and triangle of radius 1
+_TOO_LARGE = 8.0  # no object is: a wash of colour is not a large square
 _LARGE = 4.9  # radius in pixels from which on an object is large
-_MIN_MATCH = 0.65  # correlation with a letter
+_MIN_MATCH = 0.85  # correlation with a letter
 _MIN_CONTRAST = 0.06  # standard deviation of whiteness within a letter's window
 
 
@@ -76,7 +77,7 @@ def _detect(hue: NDArray[np.int64], image: Array) -> list[Detection]:
             if region.sum() >= _MIN_AREA:
                 shape, overlap, x, y, radius = _fit(region, box, image)
                 confidence = min((overlap - _NO_FIT) / (_FIT - _NO_FIT), 1.0)
-                if confidence > 0:
+                if confidence > 0 and radius < _TOO_LARGE:
                     found.append(Detection(SHAPES[shape], name, confidence, x, y, radius))
     return found
 

@@ -67,7 +67,8 @@ def layout(scene: Scene, rng: random.Random) -> list[Placed]:
             for _ in range(o.count):
                 x, y = (rng.uniform(radius + 1, end - radius - 1) for end in (RESOLUTION, bottom))
                 placed.append(Placed(SHAPES.index(o.shape), COLOURS.index(o.colour), x, y, radius))
-        if _apart(placed) and (scene.relation is None or _related(*placed, RELATIONS.index(scene.relation))):
+        relation = None if scene.relation is None else RELATIONS.index(scene.relation)
+        if _apart(placed) and (relation is None or _related(placed[0], placed[1], relation)):
             return placed
 
 

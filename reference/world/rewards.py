@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -19,7 +20,7 @@ from reference.world.scenes import Objects, Scene, parse
 from reference.world.similarity import DualEncoder, load_dual_encoder
 
 _WRONG_RELATION = 0.6  # what is left of a score whose objects are right but stand wrong
-_SURE = 0.5  # confidence that the strict variant asks for
+_SURE = 0.8  # confidence that the strict variant asks for
 _COLOURFUL = 109 / 255  # "extremely colourful" in Hasler and Suesstrunk's Table 2, on pixels in [0, 1]
 
 
@@ -89,7 +90,7 @@ def _relation_holds(scene: Scene, taken: Sequence[Detection | None]) -> bool:
         return False
     dx, dy = second.x - first.x, second.y - first.y
     ahead = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[scene.relation]
-    return ahead > 0.5 * (dx * dx + dy * dy) ** 0.5
+    return ahead > math.hypot(dx, dy) / 2**0.5
 
 
 def text(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any] = ()) -> Scores:
@@ -125,7 +126,8 @@ def colourfulness(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any
     red, green, blue = images.detach().float().unbind(1)
     opponents = torch.stack([red - green, (red + green) / 2 - blue], dim=1).flatten(2)
     spread = opponents.var(-1, correction=0).sum(1).sqrt()
-    return ((spread + 0.3 * opponents.mean(-1).norm(dim=1)) / _COLOURFUL).clamp(max=1.0)
+    strength: Tensor = spread + 0.3 * opponents.mean(-1).norm(dim=1)
+    return (strength / _COLOURFUL).clamp(max=1.0)
 
 
 def jpeg(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any] = ()) -> Tensor:

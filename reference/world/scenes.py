@@ -84,12 +84,18 @@ def parse(prompt: str) -> Scene:
     """
     match = _GRAMMAR.match(prompt.strip())
     scene = None if match is None else _scene(*match.groups())
-    if scene is None or prompt_of(scene) != prompt.strip():
+    if scene is None or prompt_of(scene) != prompt.strip() or not _is_clear(scene):
         raise ValueError(
             f"prompt: expected a scene such as 'two red circles' or 'a small red circle left of a blue square' or "
             f"'a green triangle and the text \"CAT\"' (letters {LETTERS}), got {prompt!r}."
         )
     return scene
+
+
+def _is_clear(scene: Scene) -> bool:
+    """Whether a relation, if there is one, is between two single objects that can be told apart."""
+    kinds = {(o.shape, o.colour) for o in scene.objects}
+    return scene.relation is None or (len(kinds) == 2 and all(o.count == 1 for o in scene.objects))
 
 
 def _scene(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reference.config import SimilarityConfig
 from reference.world.model import token_ids
 from reference.world.render import render
-from reference.world.scenes import KINDS, MAX_TOKENS, VOCABULARY, prompt_of, random_scene
+from reference.world.scenes import KINDS, MAX_TOKENS, VOCABULARY, Scene, prompt_of, random_scene
 
 _DIM = 64
 
@@ -43,16 +43,6 @@ class DualEncoder(nn.Module):
         return F.normalize(self.read(self.token(ids)), dim=-1)
 
 
-@dataclass(frozen=True)
-class SimilarityConfig:
-    """How the dual encoder is trained: contrastively, on rendered scenes with a little noise."""
-
-    steps: int = 2500
-    batch: int = 256
-    lr: float = 2e-3
-    seed: int = 0
-
-
 def train_dual_encoder(config: SimilarityConfig, folder: Path) -> None:
     """Train from scratch; write ``folder/similarity.safetensors`` (float16) and ``folder/similarity.log``."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,10 +57,10 @@ def train_dual_encoder(config: SimilarityConfig, folder: Path) -> None:
         same = torch.arange(config.batch)
         loss = (F.cross_entropy(logits, same) + F.cross_entropy(logits.mT, same)) / 2
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-        if (step + 1) % 250 == 0:
+        if (step + 1) % 100 == 0:
             accuracy = (logits.argmax(1) == same).float().mean()
             line = f"step {step + 1} loss {loss:.3f} top1 {accuracy:.3f} seconds {time.monotonic() - began:.0f}"
             print(line, flush=True)
@@ -83,9 +73,9 @@ def train_dual_encoder(config: SimilarityConfig, folder: Path) -> None:
 
 def _batch(config: SimilarityConfig, step: int) -> tuple[Tensor, Tensor]:
     """Images and token ids of scenes with distinct prompts, none of them held out."""
-    seed = ((config.seed + 1) << 40) + step
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    scenes = {}
+    seed = 1_000_003 * (config.seed + 1) + step  # apart from those of pre-training
+    rng, generator = random.Random(f"scenes {seed}"), torch.Generator().manual_seed(2**31 + seed)
+    scenes: dict[str, Scene] = {}
     while len(scenes) < config.batch:
         scene = random_scene(rng, rng.choice(KINDS), held_out=False)
         scenes[prompt_of(scene)] = scene
