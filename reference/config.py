@@ -383,8 +383,8 @@ def validate(config: Config) -> None:
            optim.steps_per_epoch)  # fmt: skip
     _check(rollout.prompts != "world" or rollout.prompts_per_epoch <= rollout.pool, "rollout.prompts_per_epoch to be "
            f"at most rollout.pool = {rollout.pool}", rollout.prompts_per_epoch)  # fmt: skip
-    _check(0 <= config.solve.uniform_tail <= config.epochs, f"solve.uniform_tail to be at most epochs = {config.epochs}",
-           config.solve.uniform_tail)  # fmt: skip
+    tail = config.solve.uniform_tail
+    _check(0 <= tail <= config.epochs, f"solve.uniform_tail to be at most epochs = {config.epochs}", tail)
     _check_rule(config, rule)
 
 

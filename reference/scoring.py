@@ -68,8 +68,8 @@ def _one(name: str, reward: Reward, images: Tensor, prompts: Sequence[str], meta
         result = reward(images, prompts, metadata)
     except Exception as error:
         raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
-    pair = isinstance(result, tuple) and len(result) == 2
-    values, applicable = result if pair else (result, torch.ones(N, dtype=torch.bool))  # type: ignore[misc]
+    given: Any = result if isinstance(result, tuple) and len(result) == 2 else (result, torch.ones(N, dtype=torch.bool))
+    values, applicable = given
     for what, x in (("scores", values), ("applicable", applicable)):
         if not isinstance(x, Tensor) or x.shape != (N,):
             got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__

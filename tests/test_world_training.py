@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from reference.config import PretrainConfig, SimilarityConfig
 from reference.world import pretrain as pretrain_module
 from reference.world import similarity as similarity_module
 from reference.world.model import (
@@ -24,10 +25,10 @@ from reference.world.model import (
     save_base,
     token_ids,
 )
-from reference.world.pretrain import PretrainConfig, batch, muon_step, pretrain
+from reference.world.pretrain import batch, muon_step, pretrain
 from reference.world.render import INK, ink_mask, render
 from reference.world.scenes import KINDS, MAX_TOKENS, Scene, is_held_out, parse
-from reference.world.similarity import DualEncoder, SimilarityConfig, load_dual_encoder, train_dual_encoder
+from reference.world.similarity import DualEncoder, load_dual_encoder, train_dual_encoder
 
 SHORT = PretrainConfig(steps=6, batch=2, save_every=3)
 PROMPTS = ["a red circle", 'the text "CAT"', "a small green triangle above a large blue square"]
