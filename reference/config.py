@@ -103,7 +103,7 @@ class SolveConfig:
 class OptimConfig:
     """AdamW, and the two moving averages of the adapter."""
 
-    lr: float = 1e-3
+    lr: float = 5e-4
     """Learning rate, constant."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay of the first and second moment."""
