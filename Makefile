@@ -30,9 +30,9 @@ endif
 test: check ## everything that has to pass before a change lands
 	$(PY) -m pytest -n $(WORKERS)
 
-demo: $(DEV) ## the README's example; the training demo arrives with the reference trainer
-	@echo "The training demo arrives with the reference trainer; until then, this is the README's example:"
-	@$(PY) -m examples.two_rewards
+# Training is large tensors: here the threads are torch's to choose.
+demo: $(DEV) ## five minutes: weighted sum and MARBLE side by side in the small world, with a report
+	@env -u OMP_NUM_THREADS $(PY) -m reference demo
 
 check: $(DEV) ## lint and types
 	$(PY) -m ruff check .

@@ -1,0 +1,83 @@
+"""The shape of the trainer: imports run one way, from the command line down to the leaves."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import reference
+
+ROOT = Path(reference.__file__).parent
+MODULES = sorted(path for path in ROOT.rglob("*.py") if path.stem != "__init__")
+# A module may import from those above it alone.
+ORDER = (
+    "errors",
+    "config",
+    "scoring",
+    "checkpoint",
+    "world.scenes",
+    "world.render",
+    "world.model",
+    "world.pretrain",
+    "world.similarity",
+    "world.readers",
+    "world.rewards",
+    "world.accuracy",
+    "base",
+    "prompts",
+    "policy",
+    "rollout",
+    "live",
+    "report",
+    "balance",
+    "evaluate",
+    "state",
+    "plan",
+    "train",
+    "experiments.controls",
+    "experiments.demo",
+    "__main__",
+)
+
+
+def name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the trainer that a file imports, at any depth of its code."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: a relative import"
+            found.add(node.module or "")
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return {n.removeprefix("reference.") for n in found if n.startswith("reference.")} & set(ORDER)
+
+
+def test_every_module_has_its_place() -> None:
+    assert {name(path) for path in MODULES} == set(ORDER)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_imports_run_one_way(path: Path) -> None:
+    place = ORDER.index(name(path))
+    below = {other for other in imports(path) if ORDER.index(other) >= place}
+    assert not below, f"{name(path)} imports {sorted(below)}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_the_trainer_uses_the_public_core_alone(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("marble_core"):
+            assert node.module == "marble_core"
+            assert not [alias.name for alias in node.names if alias.name.startswith("_")]
+
+
+def test_only_balance_harmonizes() -> None:
+    users = {name(p) for p in MODULES if "harmonize(" in p.read_text(encoding="utf-8")}
+    assert users == {"balance"}
