@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -355,8 +355,3 @@ def is_finite(gradient: Tree) -> bool:
     """Whether every entry of a gradient is finite."""
     norms = torch.stack([x.detach().norm() for x in gradient.values()])
     return math.isfinite(float(norms.sum()))
-
-
-def named(values: Sequence[float], names: Sequence[str]) -> dict[str, float]:
-    """Values by reward name."""
-    return dict(zip(names, values, strict=True))
