@@ -1,0 +1,132 @@
+"""Held-out evaluation, and the experiments made of several runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from reference.base import load_base
+from reference.config import Config, preset
+from reference.errors import ConfigError
+from reference.evaluate import evaluate, gain, generate, generator, interval, prompt_means
+from reference.experiments.controls import controls, evaluations, held_out_gain
+from reference.experiments.demo import RULES, demo
+from reference.policy import active, adapter_state, add_lora, load_adapter
+from reference.prompts import world_prompts
+from reference.scoring import Scores
+from reference.train import load_rewards
+from reference.world.accuracy import accuracy
+
+NAN = float("nan")
+
+
+def tiny(run: Path, epochs: int = 1) -> Config:
+    return dataclasses.replace(preset("tiny"), run=run, epochs=epochs)
+
+
+def test_interval_is_students() -> None:
+    found = interval(torch.tensor([1.0, 2.0, 3.0, 4.0, NAN]))
+    half = 3.182446 * math.sqrt(5 / 3) / 2  # t(0.975, 3) s / sqrt(n)
+    assert found.n == 4
+    assert (found.mean, found.low, found.high) == pytest.approx((2.5, 2.5 - half, 2.5 + half))
+    assert interval(torch.tensor([7.0]))[0] == 7.0
+    assert math.isnan(interval(torch.tensor([7.0])).low)
+    assert math.isnan(interval(torch.tensor([NAN])).mean)
+
+
+def test_prompts_are_the_units_and_inapplicable_images_do_not_count() -> None:
+    values = torch.tensor([[1.0], [3.0], [5.0], [0.0], [0.0], [0.0]])
+    applicable = torch.tensor([[True], [True], [True], [False], [False], [False]])
+    means = prompt_means(Scores(values, applicable), images=2)
+    assert means[:2].flatten().tolist() == [2.0, 5.0]
+    assert means[2].isnan().all()
+
+
+def test_a_gain_is_paired() -> None:
+    before = torch.tensor([[0.0], [10.0], [20.0], [NAN]])
+    (change,) = gain(before, before + 1)
+    assert change == (1.0, 1.0, 1.0, 3)
+
+
+def test_generators_depend_on_seed_and_purpose_alone() -> None:
+    draw = lambda *key: torch.randn(3, generator=generator(*key)).tolist()  # noqa: E731
+    assert draw(0, "a", 1) == draw(0, "a", 1)
+    assert len({tuple(draw(*key)) for key in ((0, "a", 1), (0, "a", 2), (1, "a", 1), (0, "b", 1))}) == 4
+
+
+def test_evaluation_uses_the_weights_given_and_leaves_the_policy_alone() -> None:
+    base = load_base("world")
+    policy = add_lora(base.transformer, rank=2, alpha=4.0, targets="linear", seed=0)
+    fresh = adapter_state(policy, "default")
+    moved = {name: x + 0.05 for name, x in fresh.items()}
+    prompts, rewards = world_prompts(3, 0, held_out=True), load_rewards(("colour", "jpeg"))
+
+    def scores(state: dict[str, torch.Tensor], batch: int = 6) -> torch.Tensor:
+        found, images = evaluate(
+            policy, base, state, prompts, rewards, images=2, sampler="euler", steps=2, batch=batch, seed=0
+        )
+        assert images.shape == (6, 3, 32, 32)
+        return found.values
+
+    assert torch.equal(scores(fresh), scores(fresh))
+    torch.testing.assert_close(scores(fresh, batch=4), scores(fresh), rtol=0, atol=2e-3)
+    assert not torch.allclose(scores(moved), scores(fresh), atol=2e-3)
+    after = adapter_state(policy, "default")
+    assert all(torch.equal(after[name], fresh[name]) for name in fresh)
+
+
+def test_images_come_from_the_adapter_asked_for() -> None:
+    base = load_base("world")
+    policy = add_lora(base.transformer, rank=2, alpha=4.0, targets="linear", seed=0)
+    load_adapter(policy, "old", {name: x + 0.05 for name, x in adapter_state(policy, "old").items()})
+    noise = torch.randn(2, *base.latent_shape)
+    draw = {
+        adapter: generate(policy, base, ["a red circle"] * 2, noise, adapter=adapter, sampler="euler", steps=2, batch=2)
+        for adapter in ("default", "old", "base")  # type: ignore[arg-type]
+    }
+    torch.testing.assert_close(draw["default"][0], draw["base"][0], rtol=0, atol=1e-5)
+    assert not torch.allclose(draw["old"][0], draw["base"][0], atol=1e-2)
+    with active(policy, "default"):
+        assert torch.equal(base.decode(draw["old"][0]), draw["old"][1])
+
+
+def test_controls_report_each_reward_and_do_not_repeat_themselves(tmp_path: Path) -> None:
+    settings = tiny(tmp_path)
+    table = controls(settings, ("colour", "jpeg"), tmp_path / "controls")
+    lines = table.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| colour", "| jpeg"]
+    first, last, change = held_out_gain(tmp_path / "controls" / "colour", "colour")
+    evals = evaluations(tmp_path / "controls" / "colour")
+    assert (first, last) == (evals[0]["rewards"]["colour"]["mean"], evals[-1]["rewards"]["colour"]["mean"])
+    assert change.mean == pytest.approx(last - first, abs=1e-6)
+    written = (tmp_path / "controls" / "colour" / "metrics.jsonl").stat().st_mtime_ns
+    assert controls(settings, ("colour", "jpeg"), tmp_path / "controls") == table
+    assert (tmp_path / "controls" / "colour" / "metrics.jsonl").stat().st_mtime_ns == written
+
+
+def test_the_demo_compares_both_rules_from_the_same_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = demo(tiny(tmp_path / "demo"))
+    assert "Two runs of 1 epochs of 8 images" in capsys.readouterr().out
+    assert "One short run proves nothing" in text
+    assert text.endswith(f"report: {(tmp_path / 'demo' / 'report.html').resolve()}")
+    for word in (*RULES, "before", "objects", "text", "similarity", "colour", "jpeg"):
+        assert word in text
+    start = [evaluations(tmp_path / "demo" / rule)[0]["rewards"] for rule in RULES]
+    assert start[0] == start[1]
+    assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
+
+
+def test_a_missing_base_model_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"transformer/config.json.*missing.*world-pretrain"):
+        load_base(str(tmp_path))
+
+
+def test_accuracy_on_a_few_scenes() -> None:
+    text = accuracy(count=20, seed=3)
+    assert "| objects | 1.000 |" in text
+    assert "| text | 1.000 |" in text
+    assert "objects: exactly 1 on 100.0 % of 16 scenes." in text
