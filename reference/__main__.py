@@ -13,8 +13,9 @@ from typing import Annotated
 
 import tyro
 
-from reference.config import Config, Preset, PretrainConfig, SimilarityConfig, from_toml, preset, validate
+from reference.config import Config, Preset, PretrainConfig, SimilarityConfig, from_toml, preset
 from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
+from reference.validation import validate
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -16,13 +17,13 @@ import torch
 from reference.errors import CheckpointError
 
 _MAGIC = b"MARBLE1\n"
-_KEEP = 2
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write ``state`` as the checkpoint of ``step``, and keep the last two.
+    """Write ``state`` as the checkpoint of ``step``, and keep the one before it.
 
-    The bytes go to a temporary file that is synced and then renamed, so a checkpoint is there whole or not at all.
+    Others are removed, of later steps too: those are damaged, or the run would have gone on from them. The bytes go to
+    a temporary file that is synced and then renamed, so a checkpoint is there whole or not at all.
 
     Raises:
         CheckpointError: it could not be written (a full disk, say).
@@ -42,10 +43,15 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
         os.replace(temporary, path)
         _sync_folder(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise CheckpointError(f"cannot save {path}: {error}. Earlier checkpoints are untouched.") from error
-    for old in sorted(folder.glob("step-*.ckpt"))[:-_KEEP]:
-        old.unlink()
+    others = [other for other in folder.glob("step-*.ckpt") if other != path]
+    before = max((other for other in others if other < path), default=None)
+    for other in others:
+        if other != before:
+            with contextlib.suppress(OSError):  # the next save tries again
+                other.unlink()
     return path
 
 

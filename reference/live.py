@@ -22,8 +22,8 @@ class Live:
     """Output of one run; every line of ``metrics.jsonl`` also goes to the trackers."""
 
     def __init__(self, run: Path, trackers: Sequence[str], epochs: int, first: int) -> None:
-        self.file = (run / "metrics.jsonl").open("a", encoding="utf-8")
         self.accelerator = _trackers(run, trackers) if trackers else None
+        self.file = (run / "metrics.jsonl").open("a", encoding="utf-8")
         self.min_cosine = math.nan  # of the last refresh
         self.bar = tqdm(total=epochs, initial=first, unit="epoch", disable=None, dynamic_ncols=True)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reference.errors import ConfigError
-from reference.world.scenes import KINDS, parse, prompt_of, random_scene
+from reference.world.scenes import KINDS, prompt_of, random_scene, tokens
 
 
 def training_prompts(source: str, pool: int, seed: int) -> list[str]:
@@ -36,7 +36,7 @@ def read_prompts(path: Path) -> list[str]:
     """Prompts of a text file, one a line.
 
     Raises:
-        ConfigError: the file cannot be read, has no prompt, or has lines that the world cannot draw (all are named).
+        ConfigError: the file cannot be read, has no prompt, or has lines that cannot be used (all are named).
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -45,7 +45,7 @@ def read_prompts(path: Path) -> list[str]:
     prompts, faults = [], []
     for number, line in enumerate(lines, start=1):
         try:
-            parse(line)
+            tokens(line)
             prompts.append(line.strip())
         except ValueError as error:
             faults.append(f"  line {number}: {error}" if line.strip() else f"  line {number}: empty")

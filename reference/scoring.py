@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reference.errors import RewardError
+from reference.errors import ConfigError, RewardError
 
 
 class Scores(NamedTuple):
@@ -27,15 +27,15 @@ def load_callable(path: str, argument: str) -> Callable[..., Any]:
     """The callable at a dotted path, ``package.module:name`` or ``package.module.name``.
 
     Raises:
-        ValueError: there is no such module or name, or it is not callable.
+        ConfigError: there is no such module or name, or it is not callable.
     """
     module, _, name = path.replace(":", ".").rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name) if module else None
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{argument}: expected the dotted path of a callable, got {path!r}: {error}.") from error
+        raise ConfigError(f"{argument}: expected the dotted path of a callable, got {path!r}: {error}.") from error
     if not callable(found):
-        raise ValueError(
+        raise ConfigError(
             f"{argument}: expected the dotted path of a callable such as package.module:name, got {path!r}."
         )
     return found  # type: ignore[no-any-return]

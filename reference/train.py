@@ -28,7 +28,7 @@ from marble_core import (
 from reference import checkpoint
 from reference.balance import Rows, init_balance, is_finite, step_gradient
 from reference.base import Base, load_base
-from reference.config import Config, Rule, rule_of, training_times, validate
+from reference.config import Config, Rule, rule_of, training_times
 from reference.errors import Interrupted, RewardError, TrainingError
 from reference.evaluate import evaluate, generate, generator, interval, prompt_means
 from reference.live import Live, save_grid
@@ -38,6 +38,7 @@ from reference.report import write_report
 from reference.rollout import times
 from reference.scoring import Reward, Scores, load_callable, score
 from reference.state import State, open_run, restore_state, save_state
+from reference.validation import validate
 from reference.world import rewards as world_rewards
 
 _MAX_SKIPPED = 10  # steps in a row without a finite gradient
@@ -65,6 +66,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
         Interrupted: Ctrl-C; its last state is saved.
     """
     validate(config)
+    if rule_of(config).solver != "min-norm":
+        load_callable(config.balance, "balance")
     rewards = load_rewards(config.rewards)
     watched = rewards | load_rewards(config.log.watch)
     pool = training_prompts(config.rollout.prompts, config.rollout.pool, config.seed)

@@ -86,7 +86,7 @@ def test_images_come_from_the_adapter_asked_for() -> None:
     noise = torch.randn(2, *base.latent_shape)
     draw = {
         adapter: generate(policy, base, ["a red circle"] * 2, noise, adapter=adapter, sampler="euler", steps=2, batch=2)
-        for adapter in ("default", "old", "base")  # type: ignore[arg-type]
+        for adapter in ("default", "old", "base")
     }
     torch.testing.assert_close(draw["default"][0], draw["base"][0], rtol=0, atol=1e-5)
     assert not torch.allclose(draw["old"][0], draw["base"][0], atol=1e-2)

@@ -15,6 +15,7 @@ MODULES = sorted(path for path in ROOT.rglob("*.py") if path.stem != "__init__")
 ORDER = (
     "errors",
     "config",
+    "validation",
     "scoring",
     "checkpoint",
     "world.scenes",

@@ -1,0 +1,88 @@
+"""What makes a configuration impossible, said before anything loads."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from reference.config import BUILT_IN_RULES, WORLD_REWARDS, Config, Rule, rule_of, training_times
+from reference.errors import ConfigError
+
+
+def validate(config: Config) -> None:
+    """Check values and combinations.
+
+    Raises:
+        ConfigError: the first thing that is wrong, and what to change.
+    """
+    rollout, loss, optim, rule = config.rollout, config.loss, config.optim, rule_of(config)
+    positive = {
+        "epochs": config.epochs, "model.lora_rank": config.model.lora_rank, "model.lora_alpha": config.model.lora_alpha,
+        "rollout.pool": rollout.pool, "rollout.prompts_per_epoch": rollout.prompts_per_epoch,
+        "rollout.steps": rollout.steps, "rollout.batch": rollout.batch, "loss.beta": loss.beta,
+        "loss.a_max": loss.a_max, "solve.refresh_every": rule.refresh_every, "optim.lr": optim.lr,
+        "optim.clip": optim.clip, "optim.steps_per_epoch": optim.steps_per_epoch,
+        "optim.micro_batch": optim.micro_batch, "log.eval_prompts": config.log.eval_prompts,
+        "log.eval_images": config.log.eval_images, "log.eval_steps": config.log.eval_steps,
+    }  # fmt: skip
+    for name, value in positive.items():
+        _check(value > 0, f"{name} to be positive", value)
+    shares = {"solve.rho": rule.rho, "solve.guard": rule.guard, "optim.ema_cap": optim.ema_cap}
+    for name, value in shares.items():
+        _check(0 <= value < 1 or (name != "solve.guard" and value == 1), f"{name} to be in [0, 1]", value)
+    for name, value in {"loss.kl_weight": loss.kl_weight, "log.eval_every": config.log.eval_every}.items():
+        _check(value >= 0, f"{name} to be at least 0", value)
+    names = config.rewards
+    _check(len(names) > 0, "rewards to name at least one", names)
+    _check(len(set(names)) == len(names), "rewards to be distinct", names)
+    for key, given in (("rewards", names), ("log.watch", config.log.watch)):
+        for name in given:
+            _check_name(key, name, WORLD_REWARDS)
+    _check(
+        len(config.reward_weights) in (0, len(names)), f"reward_weights to be empty or {len(names)} numbers, one a "
+        "reward", config.reward_weights,
+    )  # fmt: skip
+    _check(not config.reward_weights or config.balance == "weighted-sum", "reward_weights only with balance "
+           "weighted-sum; another rule would ignore them", config.reward_weights)  # fmt: skip
+    _check(rollout.images_per_prompt >= 2, "rollout.images_per_prompt to be at least 2: advantages are relative to the "
+           "group", rollout.images_per_prompt)  # fmt: skip
+    _check(0 < loss.timestep_fraction <= 1, "loss.timestep_fraction to be in (0, 1]", loss.timestep_fraction)
+    _check(0 <= loss.timesteps_per_image <= training_times(config), "loss.timesteps_per_image to be at most the "
+           f"{training_times(config)} that are trained on", loss.timesteps_per_image)  # fmt: skip
+    images = rollout.prompts_per_epoch * rollout.images_per_prompt
+    _check(images >= optim.steps_per_epoch, f"optim.steps_per_epoch to be at most the {images} images of an epoch",
+           optim.steps_per_epoch)  # fmt: skip
+    _check(rollout.prompts != "world" or rollout.prompts_per_epoch <= rollout.pool, "rollout.prompts_per_epoch to be "
+           f"at most rollout.pool = {rollout.pool}", rollout.prompts_per_epoch)  # fmt: skip
+    tail = config.solve.uniform_tail
+    _check(0 <= tail <= config.epochs, f"solve.uniform_tail to be at most epochs = {config.epochs}", tail)
+    _check_rule(config, rule)
+
+
+def _check_rule(config: Config, rule: Rule) -> None:
+    """Combinations of rule and switches that contradict each other."""
+    name = config.balance
+    _check_name("balance", name, BUILT_IN_RULES)
+    switches = ("gradients", "normalize", "rho", "guard", "amortize")
+    if rule.kind != "solve":
+        used = [s for s in switches if getattr(config.solve, s) is not None]
+        _check(not used, f"no solve.{'/'.join(used)} with balance {name}, which has nothing to solve", used)
+        _check(config.solve.uniform_tail == 0, f"no solve.uniform_tail with balance {name}", config.solve.uniform_tail)
+    _check(rule.normalize or rule.guard == 0, "solve.guard 0 where solve.normalize is false: the guard is about unit "
+           "gradients", rule.guard)  # fmt: skip
+    _check(rule.gradients == "signal" or rule.amortize == "paper" or rule.normalize, "solve.amortize paper for full "
+           "gradients that are not normalized", rule.amortize)  # fmt: skip
+
+
+def _check_name(key: str, name: str, known: Sequence[str]) -> None:
+    """Raise unless a name is known, or looks like the path of a callable."""
+    if name not in known and ":" not in name and "." not in name:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"config: expected {key} to be in {list(known)} or module:callable, got {name!r}.{hint}")
+
+
+def _check(ok: bool, expected: str, got: object) -> None:
+    """Raise unless ``ok``."""
+    if not ok:
+        raise ConfigError(f"config: expected {expected}, got {got!r}.")

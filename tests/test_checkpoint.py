@@ -1,0 +1,116 @@
+"""Checkpoints: whole or not at all, damage is noticed, and generators continue."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from reference.checkpoint import latest, load, rng_state, save, set_rng_state
+from reference.errors import CheckpointError
+
+STATE: dict[str, Any] = {
+    "step": 3,
+    "name": "x",
+    "flag": True,
+    "nothing": None,
+    "weights": {"a": torch.randn(2, 3), "b": torch.randn(4, dtype=torch.float64), "c": torch.arange(3)},
+    "half": torch.randn(5).bfloat16(),
+    "leaves": [torch.tensor(float("nan")), torch.tensor(1.5)],
+    "pair": (1, 2.5),
+}
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    path = save(tmp_path / "new" / "folder", 3, STATE)
+    found = load(path)
+    assert {k: found[k] for k in ("step", "name", "flag", "nothing", "pair")} == {
+        k: STATE[k] for k in ("step", "name", "flag", "nothing", "pair")
+    }
+    for key, x in STATE["weights"].items():
+        assert found["weights"][key].dtype == x.dtype
+        assert torch.equal(found["weights"][key], x)
+    assert torch.equal(found["half"], STATE["half"])
+    assert found["leaves"][0].isnan()
+
+
+def test_the_last_two_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 10, 100):
+        save(tmp_path, step, {"step": step})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010.ckpt", "step-00000100.ckpt"]
+    assert latest(tmp_path) == {"step": 100}
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    assert latest(tmp_path) is None
+    assert latest(tmp_path / "missing") is None
+
+
+def flip(data: bytes, i: int) -> bytes:
+    return data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: d[:-1],
+        lambda d: d[: len(d) // 2],
+        lambda d: b"",
+        lambda d: d + b"x",
+        lambda d: flip(d, 2),
+        lambda d: flip(d, 20),
+        lambda d: flip(d, len(d) - 5),
+        lambda d: b"something else",
+    ],
+)
+def test_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, damage: Any) -> None:
+    save(tmp_path, 1, {"step": 1})
+    newest = save(tmp_path, 2, {"step": 2})
+    newest.write_bytes(damage(newest.read_bytes()))
+    with pytest.raises(CheckpointError, match=r"step-00000002\.ckpt is damaged"):
+        load(newest)
+    with pytest.warns(UserWarning, match=r"step-00000002\.ckpt is damaged.*Trying the one before it"):
+        assert latest(tmp_path) == {"step": 1}
+
+
+def test_a_half_written_file_is_never_a_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 1, {"step": 1})
+    (tmp_path / "step-00000002.tmp").write_bytes(b"half")
+    assert latest(tmp_path) == {"step": 1}
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save(tmp_path, 1, {"step": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(CheckpointError, match=r"No space left on device.*Earlier checkpoints are untouched"):
+            save(tmp_path, 2, {"step": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001.ckpt"]
+    assert latest(tmp_path) == {"step": 1}
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot read"):
+        load(tmp_path / "step-00000001.ckpt")
+
+
+def test_generators_continue_where_they_were(tmp_path: Path) -> None:
+    def draw() -> tuple[float, float, float, float]:
+        return random.random(), random.gauss(0, 1), float(np.random.normal()), float(torch.randn(()))
+
+    draw()
+    path = save(tmp_path, 1, rng_state())
+    first = draw()
+    assert draw() != first
+    set_rng_state(load(path))
+    assert draw() == first

@@ -1,0 +1,133 @@
+"""The command line: what it prints, what it refuses, and its exit status."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from reference import __main__ as command_line
+from reference.__main__ import COMMANDS, main, train_arguments
+from reference.config import BUILT_IN_RULES, preset
+from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
+from reference.plan import plan
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"]])
+def test_without_a_command_it_lists_them(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in COMMANDS)
+
+
+def test_a_command_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert "Did you mean 'train'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"python -m reference {'train' if name == 'demo' else name}" in capsys.readouterr().out
+
+
+def test_the_help_of_train_is_worth_reading(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    printed = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    for words in (
+        *BUILT_IN_RULES,
+        "{world,demo,tiny}",
+        "--solve.refresh-every",
+        "--dry-run",
+        "advantages are relative",
+    ):
+        assert words in printed
+
+
+def test_an_unknown_flag_is_refused_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--optim.lrr", "3"])
+    assert stop.value.code == 2
+    assert "--optim.lr" in capsys.readouterr().err.replace("--optim.lrr", "")
+
+
+def test_preset_then_file_then_flags(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("epochs = 7\nseed = 7\n[optim]\nlr = 0.125\n", encoding="utf-8")
+    found = train_arguments(["--preset", "tiny", "--config", str(file), "--seed", "9"]).settings
+    optim = dataclasses.replace(preset("tiny").optim, lr=0.125)
+    assert found == dataclasses.replace(preset("tiny"), epochs=7, seed=9, optim=optim)
+
+
+def test_a_bad_configuration_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(["train", "--preset", "tiny", "--run", str(run), "--balance", "marbel"]) == 2
+    assert "Did you mean 'marble'?" in capsys.readouterr().err
+    file = tmp_path / "bad.toml"
+    file.write_text("epoch = 7\n", encoding="utf-8")
+    assert main(["train", "--config", str(file), "--run", str(run)]) == 2
+    assert "Did you mean epochs?" in capsys.readouterr().err
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ConfigError("what to change"), 2),
+        (RewardError("reward 'x' raised"), 1),
+        (TrainingError("not finite"), 1),
+        (CheckpointError("cannot save"), 1),
+        (Interrupted("stopped after step 3"), 130),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_status(
+    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(argv: Sequence[str]) -> None:
+        raise error
+
+    monkeypatch.setitem(command_line.COMMANDS, "train", (command, ""))
+    assert main(["train"]) == status
+    printed = capsys.readouterr().err
+    assert str(error) in printed
+    assert ("--resume" in printed) == (status == 130)
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    flags = ["--epochs", "30", "--solve.refresh-every", "7", "--loss.timesteps-per-image", "0", "--rollout.steps", "5"]
+    assert main(["train", "--preset", "tiny", "--run", str(run), "--dry-run", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "2 prompts x 4 images = 8 images" in printed
+    assert "8 x 4 timesteps = 32, 16 a step" in printed  # the last of 5 timesteps is left out
+    assert "30 epochs = 60 optimiser steps = 240 images" in printed
+    assert "# refreshes   9, every 7 steps, with 2 backward passes each" in printed  # steps 0, 7, ..., 56
+    assert 'balance = "marble"' in printed
+    assert not run.exists()
+
+
+def test_the_plan_of_other_rules() -> None:
+    tiny = preset("tiny")
+    separate = dataclasses.replace(tiny, solve=dataclasses.replace(tiny.solve, rows="k_pass"))
+    assert "with 6 backward passes each" in plan(separate)
+    assert "to measure cosines" in plan(dataclasses.replace(tiny, balance="uniform"))
+
+
+def test_a_run_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    flags = ["--preset", "tiny", "--run", str(run), "--epochs", "1", "--rewards", "colour", "jpeg"]
+    assert main(["train", *flags]) == 0
+    assert f"report: {run / 'report.html'}" in capsys.readouterr().out
+    assert main(["train", *flags]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert main(["train", *flags, "--resume"]) == 0
+    before = (run / "report.html").read_bytes()
+    assert main(["report", "--run", str(run)]) == 0
+    assert (run / "report.html").read_bytes() == before

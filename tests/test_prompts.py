@@ -1,0 +1,83 @@
+"""Prompt sources and the order in which a run goes through them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from reference.errors import ConfigError
+from reference.prompts import prompts_of_epoch, read_prompts, training_prompts, world_prompts
+from reference.world.scenes import is_held_out
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_file_has_one_prompt_a_line(tmp_path: Path) -> None:
+    path = write(tmp_path, 'a red circle\n  the text "CAT"  \n')
+    assert read_prompts(path) == ["a red circle", 'the text "CAT"']
+    assert training_prompts(str(path), pool=5, seed=0) == read_prompts(path)
+
+
+def test_every_line_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "a red circle\n\na purple cow\ntwo blue squares\ntwo blue square\n")
+    with pytest.raises(ConfigError) as error:
+        read_prompts(path)
+    message = str(error.value)
+    assert "line 2: empty" in message
+    assert "line 3" in message
+    assert "'a purple cow'" in message
+    assert "line 5" in message
+    assert "line 1:" not in message
+    assert "line 4:" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "expected at least one prompt, got an empty file"), ("\n\n", "line 1: empty")]
+)
+def test_an_empty_file(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_prompts(write(tmp_path, text))
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_prompts(tmp_path / "none.txt")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_prompts(tmp_path / "binary")
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_generated_prompts_are_distinct_and_keep_to_their_side(held_out: bool) -> None:
+    prompts = world_prompts(80, 0, held_out=held_out)
+    assert len(set(prompts)) == 80
+    assert all(is_held_out(prompt) == held_out for prompt in prompts)
+    assert prompts == world_prompts(90, 0, held_out=held_out)[:80]
+    assert prompts != world_prompts(80, 1, held_out=held_out)
+    assert sum('the text "' in prompt for prompt in prompts) >= 32  # two kinds of five
+
+
+@pytest.mark.parametrize(("size", "count"), [(10, 3), (7, 7), (4, 6), (1, 2)])
+def test_each_pass_uses_every_prompt_once(size: int, count: int) -> None:
+    pool = [f"prompt {i}" for i in range(size)]
+    epochs = 2 * size
+    stream = [p for epoch in range(epochs) for p in prompts_of_epoch(pool, count, 0, epoch)]
+    assert len(stream) == epochs * count
+    for start in range(0, len(stream) - size + 1, size):
+        assert Counter(stream[start : start + size]) == Counter(pool)
+
+
+def test_the_order_depends_on_seed_pass_and_epoch_alone() -> None:
+    pool = [f"prompt {i}" for i in range(20)]
+    first = [prompts_of_epoch(pool, 20, 0, epoch) for epoch in range(3)]
+    assert first[1] == prompts_of_epoch(pool, 20, 0, 1)
+    assert len({tuple(order) for order in first}) == 3
+    assert prompts_of_epoch(pool, 20, 1, 0) != first[0]
+    halves = prompts_of_epoch(pool, 10, 0, 0) + prompts_of_epoch(pool, 10, 0, 1)
+    assert halves == first[0]
