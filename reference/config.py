@@ -46,7 +46,7 @@ class RolloutConfig:
     """"world" for generated prompts, or a text file with one prompt a line."""
     pool: int = 64
     """Number of generated training prompts; ignored for a file."""
-    prompts_per_epoch: int = 6
+    prompts_per_epoch: int = 16
     """Prompts drawn for each epoch, a group of images for each."""
     images_per_prompt: int = 24
     """Images of a group; advantages are relative to their mean."""
@@ -156,7 +156,7 @@ class Config:
     """Rewards to raise: names of the world's five, or module:callable of your own."""
     reward_weights: tuple[float, ...] = ()
     """Weights of the raw rewards for weighted-sum; empty for 1 each."""
-    epochs: int = 120
+    epochs: int = 80
     """Epochs: sample, score, train, follow."""
     seed: int = 0
     """Seed of everything random."""
@@ -262,7 +262,7 @@ def preset(name: Preset) -> Config:
         return Config()
     if name == "demo":
         log = LogConfig(eval_every=0, eval_prompts=40, save_every=0)
-        return Config(run=Path("runs/demo"), epochs=18, log=log)
+        return Config(run=Path("runs/demo"), epochs=18, rollout=RolloutConfig(prompts_per_epoch=6), log=log)
     rollout = RolloutConfig(pool=4, prompts_per_epoch=2, images_per_prompt=4, steps=3, batch=8)
     loss = LossConfig(timesteps_per_image=2)
     optim = OptimConfig(micro_batch=8)
