@@ -31,11 +31,14 @@ class Live:
         """Say what is being done."""
         self.bar.set_description(f"epoch {epoch}: {name}")
 
-    def show(self, rewards: dict[str, float]) -> None:
+    def show(self, epoch: int, rewards: dict[str, float]) -> None:
         """One more epoch done: its rewards, and the minimum cosine of the last refresh."""
         numbers = " ".join(f"{name} {value:.2f}" for name, value in rewards.items())
-        self.bar.set_postfix_str(f"{numbers} min cos {self.min_cosine:+.2f}")
+        numbers += f" min cos {self.min_cosine:+.2f}"
+        self.bar.set_postfix_str(numbers)
         self.bar.update()
+        if self.bar.disable:  # not a terminal: a line an epoch instead of a bar
+            self.say(f"epoch {epoch}: {numbers}")
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""

@@ -91,6 +91,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
     saved = checkpoint.latest(config.run / "checkpoints") if resume else None
     if saved is not None:
         state = restore_state(saved, policy, optimizer, state, config)
+    else:
+        (config.run / "metrics.jsonl").write_text("", encoding="utf-8")  # of a run that ended before it saved anything
     live = Live(config.run, config.log.trackers, config.epochs, state.epoch)
     try:
         with _stop_on_interrupt() as stop:
@@ -158,6 +160,12 @@ def _epoch(
         rows = _rows(base, x0, prompts, A, A_sum, index, config, state)
         state = _step(policy, optimizer, state, rows, rule, config, live)
         state = state._replace(part=state.part + 1)
+        if state.skipped >= _MAX_SKIPPED:
+            save_state(policy, optimizer, state._replace(skipped=0), config, live)
+            raise TrainingError(
+                f"the gradient was not finite {_MAX_SKIPPED} steps in a row (last at step {state.step}). The weights "
+                "of the last good step are saved; try a lower optim.lr, a lower optim.clip, or look at the rewards."
+            )
 
     decay = old_policy_decay(state.step, SLOW_DECAY if config.optim.old_decay == "slow" else STANDARD_DECAY)
     load_adapter(policy, "old", ema_tree(adapter_state(policy, "old"), adapter_state(policy, "default"), decay))
@@ -210,13 +218,7 @@ def _step(
         record = {k: dict(zip(names, v, strict=True)) if isinstance(v, list) else v for k, v in result.refresh.items()}
         live.log({"kind": "refresh", **where, **record})
     keep = result.gradient if finite and refresh_due(state.step + 1, rule.refresh_every) else None
-    state = state._replace(step=state.step + 1, skipped=0 if finite else state.skipped + 1, previous=keep)
-    if state.skipped >= _MAX_SKIPPED:
-        raise TrainingError(
-            f"the gradient was not finite {_MAX_SKIPPED} steps in a row (last at step {state.step}). Weights are those "
-            "of the last good step; try a lower optim.lr, a lower optim.clip, or look at the rewards."
-        )
-    return state
+    return state._replace(step=state.step + 1, skipped=0 if finite else state.skipped + 1, previous=keep)
 
 
 def _rows(
@@ -269,7 +271,7 @@ def _log_epoch(
     live.log({"kind": "epoch", **record, "rewards": summary, "warnings": notes})
     for note in notes:
         live.say(f"warning, epoch {state.epoch}: {note}")
-    live.show({k: v["mean"] for k, v in summary.items() if v["mean"] is not None})
+    live.show(state.epoch, {k: v["mean"] for k, v in summary.items() if v["mean"] is not None})
 
 
 def _evaluate(

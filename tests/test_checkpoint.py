@@ -40,6 +40,24 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert found["leaves"][0].isnan()
 
 
+def test_unusual_values_come_back_bit_for_bit(tmp_path: Path) -> None:
+    payload = (
+        torch.tensor([0x7FC01234, -0x80000000, 0x7F800000, 1]).int().view(torch.float32)
+    )  # NaN, -0, inf, subnormal
+    tensors = [
+        payload,
+        torch.zeros(0, 3, dtype=torch.float16),
+        torch.tensor(True),
+        torch.arange(6, dtype=torch.uint8).reshape(2, 3).T,
+        torch.tensor([2**62 + 1]),
+    ]
+    found = load(save(tmp_path, 1, {"tensors": tensors, "nested": [{0: (None, -0.0, [()], "é")}]}))
+    assert repr(found["nested"]) == "[{0: (None, -0.0, [()], 'é')}]"
+    for x, y in zip(tensors, found["tensors"], strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        assert torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
+
+
 def test_the_last_two_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 10, 100):
         save(tmp_path, step, {"step": step})
@@ -79,6 +97,23 @@ def test_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, damage: An
         assert latest(tmp_path) == {"step": 1}
 
 
+def test_without_a_whole_one_there_is_none(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, {"step": step}).write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"step-0000000[12]\.ckpt is damaged") as warned:
+        assert latest(tmp_path) is None
+    assert len(warned) == 2
+
+
+def test_later_steps_do_not_crowd_out_what_is_saved(tmp_path: Path) -> None:
+    save(tmp_path, 8, {"step": 8})
+    save(tmp_path, 10, {"step": 10}).write_bytes(b"damaged")
+    save(tmp_path, 9, {"step": 9})  # of the run that went on from 8
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000008.ckpt", "step-00000009.ckpt"]
+    save(tmp_path, 2, {"step": 2})  # of a run that began anew beside the checkpoints of another
+    assert latest(tmp_path) == {"step": 2}
+
+
 def test_a_half_written_file_is_never_a_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 1, {"step": 1})
     (tmp_path / "step-00000002.tmp").write_bytes(b"half")
@@ -97,6 +132,13 @@ def test_a_full_disk_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest
             save(tmp_path, 2, {"step": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001.ckpt"]
     assert latest(tmp_path) == {"step": 1}
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "checkpoints"):
+        with pytest.raises(CheckpointError, match="cannot save"):
+            save(folder, 1, {"step": 1})
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from reference import __main__ as command_line
 from reference.__main__ import COMMANDS, main, train_arguments
-from reference.config import BUILT_IN_RULES, preset
+from reference.config import BUILT_IN_RULES, from_toml, preset
 from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
 from reference.plan import plan
 
@@ -63,6 +63,7 @@ def test_preset_then_file_then_flags(tmp_path: Path) -> None:
     found = train_arguments(["--preset", "tiny", "--config", str(file), "--seed", "9"]).settings
     optim = dataclasses.replace(preset("tiny").optim, lr=0.125)
     assert found == dataclasses.replace(preset("tiny"), epochs=7, seed=9, optim=optim)
+    assert train_arguments([f"--config={file}", "--seed=9", "--preset=tiny"]).settings == found
 
 
 def test_a_bad_configuration_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,6 +74,12 @@ def test_a_bad_configuration_does_nothing(tmp_path: Path, capsys: pytest.Capture
     file.write_text("epoch = 7\n", encoding="utf-8")
     assert main(["train", "--config", str(file), "--run", str(run)]) == 2
     assert "Did you mean epochs?" in capsys.readouterr().err
+    assert main(["train", "--preset", "tiny", "--run", str(run), "--rewards", "jpeg", "objets"]) == 2
+    assert "Did you mean 'objects'?" in capsys.readouterr().err
+    assert main(["train", "--preset", "tiny", "--run", str(run), "--rewards", "jpeg", "no.module:reward"]) == 2
+    assert "No module named 'no'" in capsys.readouterr().err
+    assert main(["train", "--preset", "tiny", "--run", str(run), "--balance", "marble_core:no_rule"]) == 2
+    assert "no_rule" in capsys.readouterr().err
     assert not run.exists()
 
 
@@ -100,6 +107,12 @@ def test_exit_status(
     assert ("--resume" in printed) == (status == 130)
 
 
+def test_an_error_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(command_line.COMMANDS, "train", (lambda argv: [][1], ""))
+    with pytest.raises(IndexError):
+        main(["train"])
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     flags = ["--epochs", "30", "--solve.refresh-every", "7", "--loss.timesteps-per-image", "0", "--rollout.steps", "5"]
@@ -109,8 +122,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: py
     assert "8 x 4 timesteps = 32, 16 a step" in printed  # the last of 5 timesteps is left out
     assert "30 epochs = 60 optimiser steps = 240 images" in printed
     assert "# refreshes   9, every 7 steps, with 2 backward passes each" in printed  # steps 0, 7, ..., 56
-    assert 'balance = "marble"' in printed
     assert not run.exists()
+    (tmp_path / "plan.toml").write_text(printed, encoding="utf-8")  # which is a file for --config
+    settings = train_arguments(["--preset", "tiny", "--run", str(run), *flags]).settings
+    assert from_toml(tmp_path / "plan.toml", preset("world")) == settings
 
 
 def test_the_plan_of_other_rules() -> None:

@@ -15,7 +15,6 @@ from reference.config import (
     WORLD_REWARDS,
     Config,
     LossConfig,
-    OptimConfig,
     Preset,
     RolloutConfig,
     SolveConfig,
@@ -26,6 +25,7 @@ from reference.config import (
     training_times,
 )
 from reference.errors import ConfigError
+from reference.train import load_rewards
 from reference.validation import validate
 
 PRESETS: tuple[Preset, ...] = typing.get_args(Preset)
@@ -91,7 +91,9 @@ def test_one_changed_field_survives_toml_alone(tmp_path: Path, key: str) -> None
     assert read(tmp_path, to_toml(changed)) == changed
 
 
-@pytest.mark.parametrize("folder", ["", "a b", 'q"uote', "back\\slash", "tab\t", "new\nline", "\x7f", "é", "日本", "😀"])
+@pytest.mark.parametrize(
+    "folder", ["", "a b", 'q"uote', "back\\slash", "tab\t", "new\nline", "\x7f", "é", "日本", "😀"]
+)
 def test_any_folder_name_survives_toml(tmp_path: Path, folder: str) -> None:
     assert read(tmp_path, to_toml(Config(run=Path(folder)))).run == Path(folder)
 
@@ -181,9 +183,8 @@ def test_configurations_are_frozen() -> None:
 
 def test_training_times_are_those_of_the_fraction_and_at_least_one() -> None:
     def times(steps: int, fraction: float) -> int:
-        return training_times(
-            Config(rollout=RolloutConfig(steps=steps), loss=LossConfig(timestep_fraction=fraction)),
-        )
+        config = Config(rollout=RolloutConfig(steps=steps), loss=LossConfig(timestep_fraction=fraction))
+        return training_times(config)
 
     assert [times(8, 0.99), times(8, 1.0), times(8, 0.5), times(3, 0.99), times(10, 0.05)] == [7, 8, 4, 2, 1]
 
@@ -380,8 +381,10 @@ def test_a_name_that_is_unknown_gets_the_nearest(key: str, value: object, messag
 
 def test_every_reward_of_the_world_can_be_trained_and_watched() -> None:
     validate(with_value("log.watch", WORLD_REWARDS, Config(rewards=WORLD_REWARDS)))
-    validate(Config(rewards=("objects", "reference.world.rewards:jpeg", "reference.world.rewards.text")))
+    assert tuple(load_rewards(WORLD_REWARDS)) == WORLD_REWARDS
 
 
-def test_settings_of_the_optimizer_are_those_of_torch() -> None:
-    assert (OptimConfig().betas, OptimConfig().eps) == ((0.9, 0.999), 1e-8)
+def test_paths_of_callables_are_taken_as_they_are() -> None:
+    validate(Config(balance="my.rules:own", rewards=("text", "my.file:reward")))
+    with pytest.raises(ConfigError, match="rewards: expected the dotted path of a callable"):
+        load_rewards(("no.such.module:reward",))

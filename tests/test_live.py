@@ -27,6 +27,17 @@ def test_records_are_json_and_not_a_number_is_null(tmp_path: Path) -> None:
     assert position == (tmp_path / "metrics.jsonl").stat().st_size
 
 
+def test_a_run_that_goes_on_appends(tmp_path: Path) -> None:
+    for step in (1, 2):
+        live = Live(tmp_path, (), epochs=2, first=step - 1)
+        assert live.position() == sum(p.stat().st_size for p in tmp_path.iterdir())
+        live.log({"kind": "step", "step": step})
+        live.close()
+        live.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
 def test_the_bar_shows_phase_rewards_and_cosine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
     live = Live(tmp_path, (), epochs=2, first=0)
@@ -34,7 +45,7 @@ def test_the_bar_shows_phase_rewards_and_cosine(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(live.bar, "set_postfix_str", shown.append)
     live.phase(1, "sampling")
     live.log({"kind": "refresh", "step": 1, "min_cosine": -0.25})
-    live.show({"objects": 0.5, "text": 0.125})
+    live.show(1, {"objects": 0.5, "text": 0.125})
     live.close()
     assert shown == ["epoch 1: sampling", "objects 0.50 text 0.12 min cos -0.25"]
 
@@ -70,3 +81,10 @@ def test_a_grid_has_every_image_in_its_place(tmp_path: Path) -> None:
         for y, x in ((0, 0), (1, 1)):
             assert np.array_equal(sheet[top + y : top + 4 : 2, left + x : left + 8 : 2], expected)
     assert (sheet[4:, 16:] == 255).all()
+
+
+def test_a_grid_clamps_and_rounds(tmp_path: Path) -> None:
+    levels = torch.tensor([-1.0, 0.0, 0.4999 / 255, 0.5001 / 255, 1.0, 2.0])
+    save_grid(levels.expand(1, 3, 1, 6), tmp_path / "grid.png", columns=2)
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert sheet[0, :, 0].tolist() == [0, 0, 0, 1, 255, 255] + [255] * 6

@@ -37,6 +37,12 @@ def test_every_line_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     assert "line 4:" not in message
 
 
+def test_a_prompt_that_is_too_long_for_the_encoder_is_named(tmp_path: Path) -> None:
+    text = 'a red circle\na small red circle left of a large blue square and the text "CAT"\n'
+    with pytest.raises(ConfigError, match="line 2: prompt: expected at most 10 tokens, got 14"):
+        read_prompts(write(tmp_path, text))
+
+
 @pytest.mark.parametrize(
     ("text", "message"), [("", "expected at least one prompt, got an empty file"), ("\n\n", "line 1: empty")]
 )
@@ -71,6 +77,14 @@ def test_each_pass_uses_every_prompt_once(size: int, count: int) -> None:
     assert len(stream) == epochs * count
     for start in range(0, len(stream) - size + 1, size):
         assert Counter(stream[start : start + size]) == Counter(pool)
+
+
+def test_an_epoch_across_the_border_of_two_passes() -> None:
+    passes = [prompts_of_epoch("abc", 3, 0, turn) for turn in range(2)]
+    second = prompts_of_epoch("abc", 2, 0, 1)  # positions 2 and 3: the last of one pass, the first of the next
+    assert second == [passes[0][2], passes[1][0]]
+    # the same everywhere, or a run could not go on under another version of Python
+    assert ["".join(p) for p in passes] == ["cab", "bac"]
 
 
 def test_the_order_depends_on_seed_pass_and_epoch_alone() -> None:

@@ -169,6 +169,15 @@ def test_a_run_is_not_written_over_and_not_resumed_as_another(unbroken: Path) ->
     assert (unbroken / "config.toml").read_text() == toml
 
 
+def test_a_run_that_ended_before_it_saved_anything_starts_again(tmp_path: Path, unbroken: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text(to_toml(config(run)))
+    (run / "metrics.jsonl").write_text('{"kind": "eval", "st')
+    train(config(run), resume=True)
+    assert without_times(run) == without_times(unbroken)
+
+
 def test_resuming_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(config(run, epochs=1))
@@ -254,6 +263,7 @@ def test_steps_without_a_finite_gradient_are_skipped_and_ten_in_a_row_stop_the_r
     steps = records(run, "step")
     assert [r["skipped"] for r in steps] == [False] + [True] * 7 + [False] + [True] * 10
     state = final_state(run)
+    assert (state["step"], state["skipped"]) == (19, 0)  # the second step of its epoch would have been the 20th
     assert all(x.isfinite().all() for x in state["default"].values())
     assert all(x.isfinite().all() for x in state["ema"].values())
 
