@@ -37,6 +37,18 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Demo:
+    """Weighted sum and MARBLE from the same seeds, for a few minutes, with one report about both."""
+
+    epochs: int = preset("demo").epochs
+    """Epochs of each run."""
+    seed: int = 0
+    """Seed of both runs."""
+    folder: Path = preset("demo").run
+    """Where the runs go; those of an earlier demo are replaced."""
+
+
+@dataclass(frozen=True)
 class Controls:
     """Train with one reward alone, for each: a reward that cannot be raised alone cannot show balancing."""
 
@@ -92,7 +104,7 @@ class Report:
 
 def train_arguments(argv: Sequence[str]) -> Train:
     """Parse the flags of ``train``: the preset and the file first, as they are the defaults of all other flags."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(prog="python -m reference train", add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=("world", "demo", "tiny"), default="world")
     first.add_argument("--config", type=Path)
     known, _ = first.parse_known_args(argv)
@@ -108,21 +120,23 @@ def train_command(argv: Sequence[str]) -> None:
     """``train``, or its plan."""
     arguments = train_arguments(argv)
     validate(arguments.settings)
+    from reference.train import prepare, train
+
     if arguments.dry_run:
         from reference.plan import plan
 
+        prepare(arguments.settings)
         print(plan(arguments.settings))
     else:
-        from reference.train import train
-
         print(f"report: {train(arguments.settings, resume=arguments.resume)}")
 
 
 def demo_command(argv: Sequence[str]) -> None:
-    """``demo``: the preset's flags may be given as well."""
+    """``demo``."""
+    a = tyro.cli(Demo, prog="python -m reference demo", args=list(argv))
     from reference.experiments.demo import demo
 
-    settings = train_arguments(["--preset", "demo", *argv]).settings
+    settings = dataclasses.replace(preset("demo"), run=a.folder, epochs=a.epochs, seed=a.seed)
     validate(settings)
     print(demo(settings))
 
@@ -202,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"{error or 'stopped'}. Go on with --resume.", file=sys.stderr)
+        print(str(error) or "stopped", file=sys.stderr)
         return 130
     return 0
 

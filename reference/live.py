@@ -69,6 +69,9 @@ def _trackers(run: Path, names: Sequence[str]) -> Accelerator:
     try:
         accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=list(names), project_dir=run)
         accelerator.init_trackers("tensorboard" if list(names) == ["tensorboard"] else run.name)
+        missing = set(names) - {tracker.name for tracker in accelerator.trackers}
+        if missing:
+            raise ValueError(f"{', '.join(sorted(missing))} is not installed")
     except (ImportError, ValueError) as error:
         raise ConfigError(f"log.trackers: cannot start {', '.join(names)}: {error}") from error
     return accelerator

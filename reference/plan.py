@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -26,7 +27,8 @@ def plan(config: Config) -> str:
     others = 2.0 if config.loss.kl_weight > 0 else 1.0  # forward passes of the old policy and of the base
     step = train + others * forward + (backwards - 1) * (train - forward) * refreshes / max(steps, 1)
     epoch = images * (r.steps * forward + J * step)
-    evaluations = 2 + (config.epochs // config.log.eval_every if config.log.eval_every else 0)
+    every = config.log.eval_every or config.epochs
+    evaluations = 1 + math.ceil(config.epochs / every)
     evaluation = config.log.eval_prompts * config.log.eval_images * config.log.eval_steps * forward
     memory = P * _BYTES * (2 + 1 + 2 + 1 + K + 2)  # two adapters, EMA, Adam, gradient, K rows, step before and shared
     total = config.epochs * epoch + evaluations * evaluation

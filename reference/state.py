@@ -30,10 +30,11 @@ class State(NamedTuple):
 def open_run(config: Config, resume: bool) -> None:
     """Make the run folder and write ``config.toml``; refuse to write over a run, or to go on as a different one."""
     run = config.run
-    if (run / "metrics.jsonl").exists() and not resume:
+    metrics = run / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size and not resume:
         raise ConfigError(f"run: {run} already holds a run. Continue it with --resume, or choose another --run.")
     started = run / "config.toml"
-    if started.exists() and _essentials(started.read_text(encoding="utf-8")) != _essentials(to_toml(config)):
+    if resume and started.exists() and _essentials(started.read_text(encoding="utf-8")) != _essentials(to_toml(config)):
         raise ConfigError(
             f"--resume: the run in {run} was started with another configuration (see its config.toml). Only epochs, "
             "threads and the log table may change; start another run for anything else."

@@ -57,6 +57,19 @@ def load_rewards(names: tuple[str, ...]) -> dict[str, Reward]:
     return {name: _WORLD_REWARDS.get(name) or load_callable(name, "rewards") for name in names}
 
 
+def prepare(config: Config) -> tuple[dict[str, Reward], dict[str, Reward], list[str]]:
+    """The rewards trained, those evaluated, and the prompts: all that a user may have named wrongly.
+
+    Raises:
+        ConfigError: one of them cannot be used.
+    """
+    if rule_of(config).solver != "min-norm":
+        load_callable(config.balance, "balance")
+    rewards = load_rewards(config.rewards)
+    pool = training_prompts(config.rollout.prompts, config.rollout.pool, config.seed)
+    return rewards, rewards | load_rewards(config.log.watch), pool
+
+
 def train(config: Config, *, resume: bool = False) -> Path:
     """Train, and write everything to ``config.run``; returns the path of the report.
 
@@ -66,13 +79,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
         Interrupted: Ctrl-C; its last state is saved.
     """
     validate(config)
-    if rule_of(config).solver != "min-norm":
-        load_callable(config.balance, "balance")
-    rewards = load_rewards(config.rewards)
-    watched = rewards | load_rewards(config.log.watch)
-    pool = training_prompts(config.rollout.prompts, config.rollout.pool, config.seed)
+    rewards, watched, pool = prepare(config)
     held_out = world_prompts(config.log.eval_prompts, 0, held_out=True)
-    open_run(config, resume)
     if config.threads:
         torch.set_num_threads(config.threads)
     base = load_base(config.model.base)
@@ -87,6 +95,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
     optimizer = torch.optim.AdamW(
         parameters(policy).values(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, eps=o.eps
     )
+    open_run(config, resume)
     state = State(0, 0, 0, 0, adapter_state(policy, "default"), init_balance(len(rewards)), None)
     saved = checkpoint.latest(config.run / "checkpoints") if resume else None
     if saved is not None:
@@ -155,7 +164,7 @@ def _epoch(
     while state.part < len(parts):
         if stop[0]:
             save_state(policy, optimizer, state, config, live)
-            raise Interrupted(f"stopped after step {state.step}")
+            raise Interrupted(f"stopped after step {state.step}; go on with --resume")
         index = parts[state.part]
         rows = _rows(base, x0, prompts, A, A_sum, index, config, state)
         state = _step(policy, optimizer, state, rows, rule, config, live)

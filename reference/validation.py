@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 
 from reference.config import BUILT_IN_RULES, WORLD_REWARDS, Config, Rule, rule_of, training_times
@@ -21,17 +22,22 @@ def validate(config: Config) -> None:
         "rollout.pool": rollout.pool, "rollout.prompts_per_epoch": rollout.prompts_per_epoch,
         "rollout.steps": rollout.steps, "rollout.batch": rollout.batch, "loss.beta": loss.beta,
         "loss.a_max": loss.a_max, "solve.refresh_every": rule.refresh_every, "optim.lr": optim.lr,
-        "optim.clip": optim.clip, "optim.steps_per_epoch": optim.steps_per_epoch,
+        "optim.clip": optim.clip, "optim.eps": optim.eps, "optim.steps_per_epoch": optim.steps_per_epoch,
         "optim.micro_batch": optim.micro_batch, "log.eval_prompts": config.log.eval_prompts,
         "log.eval_images": config.log.eval_images, "log.eval_steps": config.log.eval_steps,
     }  # fmt: skip
     for name, value in positive.items():
         _check(value > 0, f"{name} to be positive", value)
-    shares = {"solve.rho": rule.rho, "solve.guard": rule.guard, "optim.ema_cap": optim.ema_cap}
-    for name, value in shares.items():
-        _check(0 <= value < 1 or (name != "solve.guard" and value == 1), f"{name} to be in [0, 1]", value)
-    for name, value in {"loss.kl_weight": loss.kl_weight, "log.eval_every": config.log.eval_every}.items():
+    for name, value in {"solve.rho": rule.rho, "optim.ema_cap": optim.ema_cap}.items():
+        _check(0 <= value <= 1, f"{name} to be in [0, 1]", value)
+    _check(0 <= rule.guard < 1, "solve.guard to be in [0, 1)", rule.guard)
+    not_negative = {
+        "threads": config.threads, "loss.kl_weight": loss.kl_weight, "optim.weight_decay": optim.weight_decay,
+        "log.eval_every": config.log.eval_every, "log.save_every": config.log.save_every,
+    }  # fmt: skip
+    for name, value in not_negative.items():
         _check(value >= 0, f"{name} to be at least 0", value)
+    _check(all(0 <= beta < 1 for beta in optim.betas), "optim.betas to be in [0, 1)", optim.betas)
     names = config.rewards
     _check(len(names) > 0, "rewards to name at least one", names)
     _check(len(set(names)) == len(names), "rewards to be distinct", names)
@@ -42,6 +48,7 @@ def validate(config: Config) -> None:
         len(config.reward_weights) in (0, len(names)), f"reward_weights to be empty or {len(names)} numbers, one a "
         "reward", config.reward_weights,
     )  # fmt: skip
+    _check(all(map(math.isfinite, config.reward_weights)), "reward_weights to be finite", config.reward_weights)
     _check(not config.reward_weights or config.balance == "weighted-sum", "reward_weights only with balance "
            "weighted-sum; another rule would ignore them", config.reward_weights)  # fmt: skip
     _check(rollout.images_per_prompt >= 2, "rollout.images_per_prompt to be at least 2: advantages are relative to the "
@@ -68,6 +75,8 @@ def _check_rule(config: Config, rule: Rule) -> None:
         used = [s for s in switches if getattr(config.solve, s) is not None]
         _check(not used, f"no solve.{'/'.join(used)} with balance {name}, which has nothing to solve", used)
         _check(config.solve.uniform_tail == 0, f"no solve.uniform_tail with balance {name}", config.solve.uniform_tail)
+    own = rule.solver != "min-norm"
+    _check(rule.normalize or not own, "no solve.normalize false with a rule of your own, which decides", False)
     _check(rule.normalize or rule.guard == 0, "solve.guard 0 where solve.normalize is false: the guard is about unit "
            "gradients", rule.guard)  # fmt: skip
     _check(rule.gradients == "signal" or rule.amortize == "paper" or rule.normalize, "solve.amortize paper for full "

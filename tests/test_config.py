@@ -268,6 +268,11 @@ def test_what_must_be_positive(key: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
+        ("threads", -1, "threads to be at least 0"),
+        ("log.save_every", -1, "log.save_every to be at least 0"),
+        ("optim.weight_decay", -1.0, "optim.weight_decay to be at least 0"),
+        ("optim.eps", 0.0, "optim.eps to be positive"),
+        ("optim.betas", (0.9, 1.0), "optim.betas to be in"),
         ("solve.rho", 1.1, "solve.rho to be in"),
         ("solve.rho", -0.1, "solve.rho to be in"),
         ("solve.guard", 1.0, "solve.guard to be in"),

@@ -294,6 +294,18 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         train(config(tmp_path / "file" / "run"))
 
 
+def test_what_cannot_be_started_leaves_the_folder_free_for_the_next_try(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(ConfigError, match=r"transformer/config\.json"):
+        train(config(run, model=dataclasses.replace(preset("tiny").model, base=str(tmp_path))))
+    with pytest.raises(ConfigError, match=r"log\.trackers"):
+        log = dataclasses.replace(preset("tiny").log, watch=(), trackers=("nope",))
+        train(dataclasses.replace(config(run, epochs=1), log=log))
+    with pytest.raises(ConfigError, match="balance: expected the dotted path"):
+        train(config(run, epochs=1, balance="no.such.module:rule"))
+    train(config(run, epochs=1))
+
+
 def test_prompts_that_cannot_be_used_stop_before_anything_is_done(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\na purple cow\n")

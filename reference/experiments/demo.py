@@ -24,7 +24,8 @@ def demo(settings: Config) -> str:
     began, runs = time.monotonic(), {}
     for rule in RULES:
         run = settings.run / rule
-        shutil.rmtree(run, ignore_errors=True)
+        if (run / "metrics.jsonl").exists():
+            shutil.rmtree(run)
         print(f"{rule}: training in {run}", flush=True)
         train(dataclasses.replace(settings, run=run, balance=rule))
         runs[rule] = run
