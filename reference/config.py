@@ -256,7 +256,7 @@ def training_times(config: Config) -> int:
 def preset(name: Preset) -> Config:
     """The configuration of a preset.
 
-    ``world``: the small world for 20-30 minutes on two cores. ``demo``: a few minutes. ``tiny``: seconds, for tests.
+    ``world``: the small world for about 20 minutes on two cores. ``demo``: a few minutes. ``tiny``: seconds, for tests.
     """
     if name == "world":
         return Config()

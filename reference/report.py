@@ -279,8 +279,8 @@ def _health(run: _Run) -> str:
     texts = {
         "loss": "Loss of the step.",
         "grad_norm": "Length of the combined gradient.",
-        "kl": "Distance from the reference model; 0 is no change.",
-        "x0_abs": "Mean size of predicted clean images; a drift warns of collapse.",
+        "kl": "Squared distance of the velocity to that of the base; 0 unless loss.kl_weight is above 0.",
+        "x0_abs": "Mean absolute value of the sampled latents; a steady rise warns of collapse.",
     }
     figures = [_figure(key, text, [_Curve(key, x, run.series("step", key), _INK)]) for key, text in texts.items()]
     sentence = f"Skipped steps: {sum(record.get('skipped') is True for record in steps)} of {len(steps)}."

@@ -19,7 +19,7 @@ def demo(settings: Config) -> str:
     images = settings.rollout.prompts_per_epoch * settings.rollout.images_per_prompt
     print(
         f"Two runs of {settings.epochs} epochs of {images} images each, from the same base model and seeds: the sum of "
-        "five rewards,\nthen MARBLE. Each scores held-out prompts before and after. It takes about five minutes.\n"
+        "five rewards,\nthen MARBLE. Each scores held-out prompts before and after. It takes a few minutes.\n"
     )
     began, runs = time.monotonic(), {}
     for rule in RULES:
