@@ -27,7 +27,7 @@ class Train:
 
     settings: Annotated[Config, tyro.conf.arg(name="")]
     preset: Preset = "world"
-    """Starting values: world (about 20 minutes on two cores), demo (minutes), tiny (seconds)."""
+    """Starting values: world (20-30 minutes on two cores), demo (minutes), tiny (seconds)."""
     config: Path | None = None
     """TOML file with values for some of the fields, such as the config.toml of another run."""
     resume: bool = False

@@ -46,7 +46,7 @@ class RolloutConfig:
     """"world" for generated prompts, or a text file with one prompt a line."""
     pool: int = 64
     """Number of generated training prompts; ignored for a file."""
-    prompts_per_epoch: int = 16
+    prompts_per_epoch: int = 20
     """Prompts drawn for each epoch, a group of images for each."""
     images_per_prompt: int = 24
     """Images of a group; advantages are relative to their mean."""
@@ -256,7 +256,7 @@ def training_times(config: Config) -> int:
 def preset(name: Preset) -> Config:
     """The configuration of a preset.
 
-    ``world``: the small world for about 20 minutes on two cores. ``demo``: a few minutes. ``tiny``: seconds, for tests.
+    ``world``: the small world for 20-30 minutes on two cores. ``demo``: a few minutes. ``tiny``: seconds, for tests.
     """
     if name == "world":
         return Config()

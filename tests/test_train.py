@@ -298,8 +298,8 @@ def test_what_cannot_be_started_leaves_the_folder_free_for_the_next_try(tmp_path
     run = tmp_path / "run"
     with pytest.raises(ConfigError, match=r"transformer/config\.json"):
         train(config(run, model=dataclasses.replace(preset("tiny").model, base=str(tmp_path))))
+    log = dataclasses.replace(preset("tiny").log, watch=(), trackers=("nope",))
     with pytest.raises(ConfigError, match=r"log\.trackers"):
-        log = dataclasses.replace(preset("tiny").log, watch=(), trackers=("nope",))
         train(dataclasses.replace(config(run, epochs=1), log=log))
     with pytest.raises(ConfigError, match="balance: expected the dotted path"):
         train(config(run, epochs=1, balance="no.such.module:rule"))
