@@ -43,7 +43,7 @@ def sample(
     """
     ready = _ready(scheduler, sampler, steps)
     x = noise
-    for t, timestep in zip(times(scheduler, steps), ready.timesteps, strict=True):
+    for t, timestep in zip(ready.sigmas[:steps].float(), ready.timesteps, strict=True):
         v = velocity(x, t.to(x).expand(x.shape[0]))
         x = ready.step(v, timestep, x, return_dict=False)[0]
     return x

@@ -39,22 +39,14 @@ from reference.rollout import times
 from reference.scoring import Reward, Scores, load_callable, score
 from reference.state import State, open_run, restore_state, save_state
 from reference.validation import validate
-from reference.world import rewards as world_rewards
+from reference.world.rewards import REWARDS as WORLD
 
 _MAX_SKIPPED = 10  # steps in a row without a finite gradient
-_WORLD_REWARDS: dict[str, Reward] = {
-    "objects": world_rewards.objects,
-    "objects_strict": world_rewards.objects_strict,
-    "text": world_rewards.text,
-    "similarity": world_rewards.similarity,
-    "colour": world_rewards.colourfulness,
-    "jpeg": world_rewards.jpeg,
-}
 
 
 def load_rewards(names: tuple[str, ...]) -> dict[str, Reward]:
     """The rewards of a run by name: the world's, or callables by dotted path."""
-    return {name: _WORLD_REWARDS.get(name) or load_callable(name, "rewards") for name in names}
+    return {name: WORLD.get(name) or load_callable(name, "rewards") for name in names}
 
 
 def prepare(config: Config) -> tuple[dict[str, Reward], dict[str, Reward], list[str]]:
@@ -111,16 +103,20 @@ def train(config: Config, *, resume: bool = False) -> Path:
             while state.epoch < config.epochs:
                 state = _epoch(policy, base, optimizer, state, rewards, pool, config, live, stop, rng)
                 rng = None
-                every = config.log.eval_every
-                if state.epoch == config.epochs or (every and state.epoch % every == 0):
-                    name = "after" if state.epoch == config.epochs else f"epoch-{state.epoch:04d}"
+                last = state.epoch == config.epochs
+                if last or _due(state.epoch, config.log.eval_every):
+                    name = "after" if last else f"epoch-{state.epoch:04d}"
                     _evaluate(policy, base, state, watched, held_out, config, live, name)
-                every = config.log.save_every
-                if state.epoch == config.epochs or (every and state.epoch % every == 0):
-                    save_state(policy, optimizer, state, config, live, last=state.epoch == config.epochs)
+                if last or _due(state.epoch, config.log.save_every):
+                    save_state(policy, optimizer, state, config, live, last=last)
     finally:
         live.close()
     return write_report(config.run)
+
+
+def _due(epoch: int, every: int) -> bool:
+    """Whether something that happens every so many epochs, 0 for never, happens after this one."""
+    return every > 0 and epoch % every == 0
 
 
 def _epoch(
@@ -177,7 +173,7 @@ def _epoch(
             )
 
     decay = old_policy_decay(state.step, SLOW_DECAY if config.optim.old_decay == "slow" else STANDARD_DECAY)
-    load_adapter(policy, "old", ema_tree(adapter_state(policy, "old"), adapter_state(policy, "default"), decay))
+    load_adapter(policy, "old", ema_tree(parameters(policy, "old"), parameters(policy), decay))
     clock.append(time.monotonic())
     _log_epoch(state, scores, tuple(rewards), clock, notes, live)
     return state._replace(epoch=state.epoch + 1, part=0)
@@ -216,7 +212,7 @@ def _step(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         decay = eval_ema_decay(state.step, config.optim.ema_cap)
-        state = state._replace(ema=ema_tree(state.ema, adapter_state(policy, "default"), decay), balance=result.balance)
+        state = state._replace(ema=ema_tree(state.ema, parameters(policy), decay), balance=result.balance)
     names = config.rewards
     where = {"epoch": state.epoch, "step": state.step + 1}
     coefficients = dict(zip(names, state.balance.applied.tolist(), strict=True))

@@ -17,27 +17,7 @@ def validate(config: Config) -> None:
         ConfigError: the first thing that is wrong, and what to change.
     """
     rollout, loss, optim, rule = config.rollout, config.loss, config.optim, rule_of(config)
-    positive = {
-        "epochs": config.epochs, "model.lora_rank": config.model.lora_rank, "model.lora_alpha": config.model.lora_alpha,
-        "rollout.pool": rollout.pool, "rollout.prompts_per_epoch": rollout.prompts_per_epoch,
-        "rollout.steps": rollout.steps, "rollout.batch": rollout.batch, "loss.beta": loss.beta,
-        "loss.a_max": loss.a_max, "solve.refresh_every": rule.refresh_every, "optim.lr": optim.lr,
-        "optim.clip": optim.clip, "optim.eps": optim.eps, "optim.steps_per_epoch": optim.steps_per_epoch,
-        "optim.micro_batch": optim.micro_batch, "log.eval_prompts": config.log.eval_prompts,
-        "log.eval_images": config.log.eval_images, "log.eval_steps": config.log.eval_steps,
-    }  # fmt: skip
-    for name, value in positive.items():
-        _check(value > 0, f"{name} to be positive", value)
-    for name, value in {"solve.rho": rule.rho, "optim.ema_cap": optim.ema_cap}.items():
-        _check(0 <= value <= 1, f"{name} to be in [0, 1]", value)
-    _check(0 <= rule.guard < 1, "solve.guard to be in [0, 1)", rule.guard)
-    not_negative = {
-        "threads": config.threads, "loss.kl_weight": loss.kl_weight, "optim.weight_decay": optim.weight_decay,
-        "log.eval_every": config.log.eval_every, "log.save_every": config.log.save_every,
-    }  # fmt: skip
-    for name, value in not_negative.items():
-        _check(value >= 0, f"{name} to be at least 0", value)
-    _check(all(0 <= beta < 1 for beta in optim.betas), "optim.betas to be in [0, 1)", optim.betas)
+    _check_ranges(config, rule)
     names = config.rewards
     _check(len(names) > 0, "rewards to name at least one", names)
     _check(len(set(names)) == len(names), "rewards to be distinct", names)
@@ -64,6 +44,32 @@ def validate(config: Config) -> None:
     tail = config.solve.uniform_tail
     _check(0 <= tail <= config.epochs, f"solve.uniform_tail to be at most epochs = {config.epochs}", tail)
     _check_rule(config, rule)
+
+
+def _check_ranges(config: Config, rule: Rule) -> None:
+    """Numbers that are out of range whatever the others are."""
+    rollout, loss, optim = config.rollout, config.loss, config.optim
+    positive = {
+        "epochs": config.epochs, "model.lora_rank": config.model.lora_rank, "model.lora_alpha": config.model.lora_alpha,
+        "rollout.pool": rollout.pool, "rollout.prompts_per_epoch": rollout.prompts_per_epoch,
+        "rollout.steps": rollout.steps, "rollout.batch": rollout.batch, "loss.beta": loss.beta,
+        "loss.a_max": loss.a_max, "solve.refresh_every": rule.refresh_every, "optim.lr": optim.lr,
+        "optim.clip": optim.clip, "optim.eps": optim.eps, "optim.steps_per_epoch": optim.steps_per_epoch,
+        "optim.micro_batch": optim.micro_batch, "log.eval_prompts": config.log.eval_prompts,
+        "log.eval_images": config.log.eval_images, "log.eval_steps": config.log.eval_steps,
+    }  # fmt: skip
+    for name, value in positive.items():
+        _check(value > 0, f"{name} to be positive", value)
+    for name, value in {"solve.rho": rule.rho, "optim.ema_cap": optim.ema_cap}.items():
+        _check(0 <= value <= 1, f"{name} to be in [0, 1]", value)
+    _check(0 <= rule.guard < 1, "solve.guard to be in [0, 1)", rule.guard)
+    not_negative = {
+        "threads": config.threads, "loss.kl_weight": loss.kl_weight, "optim.weight_decay": optim.weight_decay,
+        "log.eval_every": config.log.eval_every, "log.save_every": config.log.save_every,
+    }  # fmt: skip
+    for name, value in not_negative.items():
+        _check(value >= 0, f"{name} to be at least 0", value)
+    _check(all(0 <= beta < 1 for beta in optim.betas), "optim.betas to be in [0, 1)", optim.betas)
 
 
 def _check_rule(config: Config, rule: Rule) -> None:

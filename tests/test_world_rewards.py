@@ -153,7 +153,7 @@ def test_the_accuracy_table_has_a_row_a_reward() -> None:
         "| reward",
         "|---|---|---|---|",
         "| objects",
-        "| objects, strict",
+        "| objects_strict",
         "| text",
         "| similarity",
         "| colour",

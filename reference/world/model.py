@@ -88,3 +88,10 @@ def load_encoder(folder: Path) -> PromptEncoder:
     encoder = PromptEncoder()
     encoder.load_state_dict({k: v.float() for k, v in load_file(folder / "prompt_encoder.safetensors").items()})
     return encoder.requires_grad_(False).eval()
+
+
+def log_line(path: Path, line: str) -> None:
+    """Print a line and keep it."""
+    print(line, flush=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from marble_core import ema_tree
 from reference.config import PretrainConfig
-from reference.world.model import PromptEncoder, encode_images, new_transformer, save_base, token_ids
+from reference.world.model import PromptEncoder, encode_images, log_line, new_transformer, save_base, token_ids
 from reference.world.render import ink_mask, render
 from reference.world.scenes import KINDS, prompt_of, random_scene
 
@@ -33,11 +33,12 @@ def pretrain(config: PretrainConfig, folder: Path) -> None:
     transformer, encoder = new_transformer(), PromptEncoder()
     model = nn.ModuleDict({"transformer": transformer, "encoder": encoder})
     named = dict(model.named_parameters())
-    inside = [p for name, p in named.items() if "transformer_blocks" in name and p.ndim == 2]
-    rest = [p for name, p in named.items() if not ("transformer_blocks" in name and p.ndim == 2)]
+    matrices = {name for name, p in named.items() if "transformer_blocks" in name and p.ndim == 2}
+    inside = [p for name, p in named.items() if name in matrices]
+    rest = [p for name, p in named.items() if name not in matrices]
     momenta = [torch.zeros_like(p) for p in inside]
     optimizer = torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    average = {name: p.detach().clone() for name, p in named.items()}
     start = _load(folder / "state.pt", model, optimizer, momenta, average)
     began, losses = time.monotonic(), []
     for step in range(start, config.steps):
@@ -48,11 +49,11 @@ def pretrain(config: PretrainConfig, folder: Path) -> None:
         muon_step(inside, momenta, rate)
         optimizer.step()
         model.zero_grad(set_to_none=True)
-        average = ema_tree(average, dict(model.named_parameters()), min((1 + step) / (10 + step), 0.997))
+        average = ema_tree(average, named, min((1 + step) / (10 + step), 0.997))
         losses.append(loss.detach())
         if (step + 1) % 100 == 0:
             line = f"step {step + 1} samples {(step + 1) * config.batch} loss {torch.stack(losses).mean():.4f}"
-            _log(folder, f"{line} seconds {time.monotonic() - began:.0f}")
+            log_line(folder / "pretrain.log", f"{line} seconds {time.monotonic() - began:.0f}")
             losses = []
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             _save(folder, step + 1, model, optimizer, momenta, average)
@@ -148,10 +149,3 @@ def _load(
         momentum.copy_(saved)
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])
-
-
-def _log(folder: Path, line: str) -> None:
-    """Print a line and keep it."""
-    print(line, flush=True)
-    with (folder / "pretrain.log").open("a", encoding="utf-8") as file:
-        file.write(line + "\n")

@@ -13,7 +13,7 @@ from PIL import Image
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
-from reference.scoring import Scores
+from reference.scoring import Reward, Scores
 from reference.world.model import WEIGHTS, token_ids
 from reference.world.readers import Detection, detect, read_text
 from reference.world.scenes import Objects, Scene, parse
@@ -140,3 +140,13 @@ def jpeg(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any] = ()) -
         return buffer.tell() / 1000
 
     return torch.tensor([-size(array) for array in arrays])
+
+
+REWARDS: dict[str, Reward] = {
+    "objects": objects,
+    "objects_strict": objects_strict,
+    "text": text,
+    "similarity": similarity,
+    "colour": colourfulness,
+    "jpeg": jpeg,
+}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reference.config import SimilarityConfig
-from reference.world.model import token_ids
+from reference.world.model import log_line, token_ids
 from reference.world.render import render
 from reference.world.scenes import KINDS, MAX_TOKENS, VOCABULARY, Scene, prompt_of, random_scene
 
@@ -63,9 +63,7 @@ def train_dual_encoder(config: SimilarityConfig, folder: Path) -> None:
         if (step + 1) % 100 == 0:
             accuracy = (logits.argmax(1) == same).float().mean()
             line = f"step {step + 1} loss {loss:.3f} top1 {accuracy:.3f} seconds {time.monotonic() - began:.0f}"
-            print(line, flush=True)
-            with (folder / "similarity.log").open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            log_line(folder / "similarity.log", line)
     save_file(
         {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}, folder / "similarity.safetensors"
     )
