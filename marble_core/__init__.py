@@ -12,6 +12,7 @@ from marble_core.advantages import (
     merge_group_stats,
     update_group_stats,
 )
+from marble_core.cone import cone_weights
 from marble_core.diagnostics import (
     Alignment,
     AlignmentStats,
@@ -62,6 +63,7 @@ from marble_core.noise import (
     update_gram_ema,
     update_moments,
 )
+from marble_core.prior import shrink_to_prior, soft_min_weights
 from marble_core.shared_cotangent import SharedRows, shared_cotangent_rows
 from marble_core.simplex import min_norm_gap, min_norm_weights, project_simplex
 
@@ -91,6 +93,7 @@ __all__ = [
     "combine_advantages",
     "combine_interpolation",
     "combine_rows",
+    "cone_weights",
     "cross_alignment",
     "cross_gram",
     "ema_tree",
@@ -119,7 +122,9 @@ __all__ = [
     "psd_part",
     "refresh_due",
     "shared_cotangent_rows",
+    "shrink_to_prior",
     "signal_share",
+    "soft_min_weights",
     "summarize_alignment_stats",
     "unflatten_like",
     "update_alignment_stats",

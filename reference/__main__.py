@@ -67,6 +67,26 @@ class Controls:
 
 
 @dataclass(frozen=True)
+class Diagnose:
+    """How much of each reward's gradient is signal, and what each rule makes of it, as the rows of a solve grow."""
+
+    run: Path | None = None
+    """Run folder whose newest checkpoint is examined; without it, a preset's base policy."""
+    preset: Preset = "world"
+    """The preset whose base policy is examined, where no run is given."""
+    units: int = 280
+    """Groups of images of training prompts, a prompt's group each; half of them stand behind the largest solve."""
+    held_out: int = 80
+    """Groups of images of held-out prompts, which no direction is made from."""
+    sketch: int = 0
+    """Random projection of the gradients to so many numbers, where they do not fit into memory; 0 for none."""
+    folder: Path | None = None
+    """Where tables, figure and inner products go; by default diagnose/ in the run folder, or runs/diagnose."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+
+
+@dataclass(frozen=True)
 class Accuracy:
     """How well the five rewards judge rendered scenes, where the truth is known."""
 
@@ -160,6 +180,17 @@ def report_command(argv: Sequence[str]) -> None:
     print(f"report: {write_report(a.run)}")
 
 
+def diagnose_command(argv: Sequence[str]) -> None:
+    """``diagnose``."""
+    a = tyro.cli(Diagnose, prog="python -m reference diagnose", args=list(argv))
+    from reference.experiments.diagnose import diagnose
+
+    settings = preset(a.preset) if a.run is None else from_toml(a.run / "config.toml", preset(a.preset))
+    settings = dataclasses.replace(settings, threads=a.threads)
+    folder = a.folder or (Path("runs/diagnose") if a.run is None else a.run / "diagnose")
+    print(diagnose(settings, run=a.run, units=a.units, held_out=a.held_out, sketch=a.sketch, folder=folder))
+
+
 def accuracy_command(argv: Sequence[str]) -> None:
     """``world-accuracy``."""
     a = tyro.cli(Accuracy, prog="python -m reference world-accuracy", args=list(argv))
@@ -188,6 +219,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (train_command, "fine-tune a base model with several rewards"),
     "demo": (demo_command, "minutes: weighted sum and MARBLE side by side, with a report"),
     "controls": (controls_command, "one run a reward: can each be raised at all?"),
+    "diagnose": (diagnose_command, "signal, noise and conflict of the gradients, and what each rule makes of them"),
     "report": (report_command, "write the HTML report of a run again"),
     "world-accuracy": (accuracy_command, "how well the rewards judge rendered scenes"),
     "world-pretrain": (pretrain_command, "make the small world's base model from nothing"),

@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from marble_core import (
-    AlignmentStats,
     Coefficients,
     Guard,
     Harmonization,
     affine_terms,
     branch_losses,
     combine_rows,
+    cone_weights,
     cross_alignment,
-    gram_matrix,
     harmonize,
-    init_alignment_stats,
     init_coefficients,
     interpolation,
     min_norm_weights,
     null_alignment,
     shared_cotangent_rows,
-    update_alignment_stats,
+    shrink_to_prior,
     update_coefficients,
 )
-from reference.config import LossConfig, Rule
+from reference.config import SOLVERS, LossConfig, Rule
+from reference.estimate import Estimate, Signal, Tree, collect, init_estimate, observe
 from reference.policy import Policy, active, parameters, velocity
 from reference.scoring import load_callable
-
-Tree = dict[str, Tensor]
 
 
 class Rows(NamedTuple):
@@ -47,6 +44,7 @@ class Rows(NamedTuple):
         pooled: ``[B, D']``, pooled prompt embeddings.
         A: ``[B, K]``, advantages, one column a reward.
         A_sum: ``[B]``, advantages of the weighted sum of the raw rewards.
+        half: ``[B]``, 0 and then 1: the two halves share no prompt.
     """
 
     x0: Tensor
@@ -56,6 +54,7 @@ class Rows(NamedTuple):
     pooled: Tensor
     A: Tensor
     A_sum: Tensor
+    half: Tensor
 
 
 class Balance(NamedTuple):
@@ -64,16 +63,35 @@ class Balance(NamedTuple):
     Attributes:
         coefficients: smoothed weights.
         norms: ``[K]``, each gradient's norm when it last had signal; NaN before.
-        applied: ``[K]``, coefficients of the raw gradients, as applied between refreshes.
-        same: statistics of cosines with the batch that made the direction.
-        next: statistics of cosines with a batch that the direction had not seen.
+        applied: ``[K]``, coefficients of the raw gradients, as applied between refreshes; with the solvers ``cone`` and
+            ``prior``, what is added to the prior.
+        estimate: what is known of the signals.
     """
 
     coefficients: Coefficients
     norms: Tensor
     applied: Tensor
-    same: AlignmentStats
-    next: AlignmentStats
+    estimate: Estimate
+
+
+class Step(NamedTuple):
+    """What the loop says about a step.
+
+    Attributes:
+        refresh: solve (or, with a fixed rule, measure).
+        collect: compute all K gradients for the refresh that is near.
+        uniform: the uniform tail: weights 1/K whatever the rule says.
+        prior: ``[K]``, weights of the advantages before balancing, on the simplex.
+        metric: diagonal of the optimiser's inverse metric by name, or None.
+        previous: the gradient of the step before, whose cosines with this batch are measured.
+    """
+
+    refresh: bool
+    collect: bool
+    uniform: bool
+    prior: Tensor
+    metric: Tree | None
+    previous: Tree | None
 
 
 class StepResult(NamedTuple):
@@ -85,23 +103,15 @@ class StepResult(NamedTuple):
     refresh: dict[str, Any] | None
 
 
-def init_balance(K: int) -> Balance:
-    """Uniform weights; no norms seen."""
+def init_balance(K: int, rule: Rule, trained: Mapping[str, Tensor]) -> Balance:
+    """Uniform weights; nothing seen."""
     uniform = torch.full((K,), 1.0 / K, dtype=torch.float64)
-    return Balance(init_coefficients(K), uniform * torch.nan, uniform, init_alignment_stats(K), init_alignment_stats(K))
+    applied = uniform * 0 if rule.solver in ("cone", "prior") else uniform
+    return Balance(init_coefficients(K), uniform * torch.nan, applied, init_estimate(K, rule, trained))
 
 
 def step_gradient(
-    policy: Policy,
-    rows: Rows,
-    balance: Balance,
-    rule: Rule,
-    loss: LossConfig,
-    *,
-    refresh: bool,
-    uniform: bool,
-    micro_batch: int,
-    previous: Tree | None,
+    policy: Policy, rows: Rows, balance: Balance, rule: Rule, loss: LossConfig, step: Step, *, micro_batch: int
 ) -> StepResult:
     """The gradient of one optimiser step.
 
@@ -114,60 +124,85 @@ def step_gradient(
         balance: state before the step.
         rule: the balancing rule.
         loss: the NFT loss.
-        refresh: solve (or, with a fixed rule, measure) at this step.
-        uniform: the uniform tail: weights 1/K whatever the rule says.
+        step: what to do.
         micro_batch: rows at a time.
-        previous: the gradient of the step before, whose cosines with this batch are measured.
 
     Returns:
         ``StepResult``.
     """
-    weigh = signal_weights(rule, balance, loss.a_max, uniform)
-    if not refresh:
-        gradient, metrics = _plain(policy, rows, rule, balance, loss, weigh, micro_batch, uniform)
+    weigh = signal_weights(rule, balance, loss.a_max, step)
+    if not (step.refresh or step.collect):
+        gradient, metrics = _plain(policy, rows, rule, balance, loss, weigh, micro_batch, step.uniform)
         return StepResult(gradient, balance, metrics, None)
-    fixed = rule.kind != "solve" or uniform
-    h, shared, metrics = _all_rows(policy, rows, rule, loss, weigh if fixed else None, micro_batch)
     K = rows.A.shape[1]
-    own = {name: x[K] for name, x in h.items()} if fixed else None
-    h = {name: x[:K] for name, x in h.items()}
+    fixed = not step.refresh or rule.kind != "solve" or step.uniform
+    a, b, own, shared, metrics = _halves(policy, rows, rule, loss, weigh if fixed else None, micro_batch)
+    h = {name: (a[name] + b[name]) / 2 for name in a}
+    estimate, sum_a, sum_b = collect(balance.estimate, a, b, rule)
+    balance = balance._replace(estimate=estimate)
+    if not step.refresh:
+        assert own is not None
+        return StepResult({name: x + shared[name] for name, x in own.items()}, balance, metrics, None)
     full = rule.gradients == "full"
-    g = {name: x + shared[name] for name, x in h.items()} if full else h
-    gram = gram_matrix(g)
-    solution = solve(rule, gram)
-    rho_used: float | None = None
+    estimate, signal = observe(estimate, sum_a, sum_b, shared if full else None, rule, step.metric)
+    balance = balance._replace(estimate=estimate)
+    solution = solve(rule, signal, step.prior)
+    rho_used, prox_scale = None, 1.0
     if own is not None:
-        direction = own
-        c, prox_scale = torch.full((K,), 1.0 / K, dtype=torch.float64), 1.0
+        direction, c = own, step.prior if rule.solver == "prior" else torch.full((K,), 1.0 / K, dtype=torch.float64)
     else:
-        balance, rho_used, c = refreshed(rule, balance, gram, solution)
-        direction, prox_scale = combine_rows(h, c), float(c.sum()) if full else 1.0
+        balance, rho_used, c = refreshed(rule, balance, signal.gram, solution, step.prior)
+        direction, prox_scale = combine_rows(signal.rows or h, c), float(c.sum()) if full else 1.0
     gradient = {name: x + prox_scale * shared[name] for name, x in direction.items()}
     if full and loss.kl_weight > 0:
         pull = _kl_gradient(policy, rows, loss, micro_batch)
         gradient = {name: x + pull[name] for name, x in gradient.items()}
-    balance, record = _record(balance, solution, gradient, g, c, previous, rho_used)
+    g = {name: x + shared[name] for name, x in h.items()} if full else h
+    record = _record(balance, solution, signal, gradient, g, c, step.previous, rho_used)
     return StepResult(gradient, balance, metrics, record)
 
 
-def solve(rule: Rule, gram: Tensor) -> Harmonization:
-    """The rule's weights for the K gradients of a Gram matrix; min-norm for a rule that does not solve."""
-    if rule.solver != "min-norm":
-        return harmonize(gram, solver=load_callable(rule.solver, "balance"))
-    solution = harmonize(gram)
-    if rule.normalize:
+def solve(rule: Rule, signal: Signal, prior: Tensor) -> Harmonization:
+    """The rule's weights for K gradients, from what is known of their Gram; min-norm for a rule that does not solve.
+
+    ``cone`` and ``prior`` have no weights of unit gradients: theirs are the shares of the coefficients.
+    """
+    gram = signal.gram
+    if rule.shrink:  # a norm that cannot be told from zero must not blow a coefficient up
+        square = gram.diagonal()
+        gram = gram + torch.diag((signal.error.nan_to_num(0.0) - square).clamp(min=0))
+    if rule.solver not in SOLVERS:
+        solution = harmonize(gram, solver=load_callable(rule.solver, "balance"))
+    else:
+        solution = harmonize(gram)
+    if rule.solver in ("cone", "prior"):
+        c = cone_weights(gram, prior) if rule.solver == "cone" else prior
+        c = shrink_to_prior(c, prior, signal.square, signal.error) if rule.shrink else c
+        return solution._replace(weights=c / c.sum(), coefficients=c)
+    w = solution.weights
+    if not rule.normalize:
+        w = min_norm_weights(torch.where(solution.active & solution.active.unsqueeze(-1), gram, 0.0)) * solution.active
+    if rule.shrink:
+        w = shrink_to_prior(w, prior, signal.square, signal.error) * solution.active
+    if rule.normalize and not rule.shrink:
         return solution
-    w = min_norm_weights(torch.where(solution.active & solution.active.unsqueeze(-1), gram, 0.0)) * solution.active
     w = w / w.sum().clamp(min=1e-12)
-    return solution._replace(weights=w, coefficients=w)
+    n_bar = solution.norms[solution.active].mean()
+    c = torch.where(solution.active, n_bar * w / solution.norms, 0.0) if rule.normalize else w
+    return solution._replace(weights=w, coefficients=c)
 
 
-def refreshed(rule: Rule, balance: Balance, gram: Tensor, solution: Harmonization) -> tuple[Balance, float, Tensor]:
+def refreshed(
+    rule: Rule, balance: Balance, gram: Tensor, solution: Harmonization, prior: Tensor
+) -> tuple[Balance, float, Tensor]:
     """The state after a refresh, the memory used by the smoothing, and the coefficients of this step.
 
     Stationary gradients change nothing. With the paper's amortization this step goes along the fresh solution, ours
     along the smoothed weights; a reward without signal keeps its coefficient.
     """
+    if rule.solver in ("cone", "prior"):
+        c = solution.coefficients
+        return balance._replace(applied=c - prior), 1.0, c
     if bool(solution.stationary):
         return balance, 1.0, balance.applied
     guard = Guard(gram, rule.guard) if rule.guard > 0 else None
@@ -183,17 +218,22 @@ def refreshed(rule: Rule, balance: Balance, gram: Tensor, solution: Harmonizatio
     return balance._replace(coefficients=smoothed, norms=norms, applied=applied), float(rho_used), c
 
 
-def signal_weights(rule: Rule, balance: Balance, a_max: float, uniform: bool) -> Callable[[Tensor, Tensor], Tensor]:
+def applied_coefficients(rule: Rule, balance: Balance, prior: Tensor) -> Tensor:
+    """Coefficients of the raw gradients between refreshes ``[K]``."""
+    return balance.applied + prior if rule.solver in ("cone", "prior") else balance.applied
+
+
+def signal_weights(rule: Rule, balance: Balance, a_max: float, step: Step) -> Callable[[Tensor, Tensor], Tensor]:
     """How a step without a solve weighs the reward part of each row: a function of ``A [B, K]`` and ``A_sum [B]``.
 
     Norm-corrected coefficients combine in r, which is exact with clamping; the others are the papers' rules, which
     combine advantages.
     """
-    if rule.kind == "weighted-sum" and not uniform:
+    if rule.kind == "weighted-sum" and not step.uniform:
         return lambda A, A_sum: interpolation(A_sum, a_max=a_max) - 0.5
-    if rule.kind == "uniform" or uniform:
+    if rule.kind == "uniform" or step.uniform:
         return lambda A, A_sum: interpolation(A.mean(-1), a_max=a_max) - 0.5
-    c = balance.applied
+    c = applied_coefficients(rule, balance, step.prior)
     if rule.amortize == "paper":
         return lambda A, A_sum: interpolation(A @ c.to(A), a_max=a_max) - 0.5
     return lambda A, A_sum: (interpolation(A, a_max=a_max) - 0.5) @ c.to(A)
@@ -231,7 +271,34 @@ def _plain(
     return total, {name: float(x) / B for name, x in sums.items()}
 
 
-def _all_rows(
+def _halves(
+    policy: Policy,
+    rows: Rows,
+    rule: Rule,
+    loss: LossConfig,
+    weigh: Callable[[Tensor, Tensor], Tensor] | None,
+    micro_batch: int,
+) -> tuple[Tree, Tree, Tree | None, Tree, dict[str, float]]:
+    """All K gradients of the reward part, as means over either half of the rows; those that ``weigh`` makes of them
+    and of the shared part, over all rows."""
+    B, K = rows.x0.shape[0], rows.A.shape[1]
+    first = int((rows.half == 0).sum())
+    if first in (0, B):  # a single image: nothing to compare it with
+        h, shared, log = all_rows(policy, rows, rule, loss, weigh, micro_batch)
+        whole, own = {name: x[:K] for name, x in h.items()}, {name: x[-1] for name, x in h.items()}
+        return whole, whole, None if weigh is None else own, shared, log
+    parts = Rows(*(x[:first] for x in rows)), Rows(*(x[first:] for x in rows))
+    (h_a, shared_a, log_a), (h_b, shared_b, log_b) = (
+        all_rows(policy, part, rule, loss, weigh, micro_batch) for part in parts
+    )
+    p, q = first / B, 1 - first / B
+    a, b = ({name: 2 * share * x[:K] for name, x in h.items()} for share, h in ((p, h_a), (q, h_b)))
+    own = {name: p * x[-1] + q * h_b[name][-1] for name, x in h_a.items()}
+    shared = {name: p * x + q * shared_b[name] for name, x in shared_a.items()}
+    return a, b, None if weigh is None else own, shared, {name: p * x + q * log_b[name] for name, x in log_a.items()}
+
+
+def all_rows(
     policy: Policy,
     rows: Rows,
     rule: Rule,
@@ -239,7 +306,7 @@ def _all_rows(
     weigh: Callable[[Tensor, Tensor], Tensor] | None,
     micro_batch: int,
 ) -> tuple[Tree, Tree, dict[str, float]]:
-    """All K gradients of the reward part (with one more for ``weigh``), and that of the shared part, over the step."""
+    """All K gradients of the reward part (with one more for ``weigh``), and that of the shared part, over the rows."""
     B = rows.x0.shape[0]
     h: Tree = {}
     shared: Tree = {}
@@ -310,20 +377,17 @@ def _add(total: dict[str, Tensor], more: dict[str, Tensor]) -> None:
 def _record(
     balance: Balance,
     solution: Harmonization,
+    signal: Signal,
     gradient: Tree,
     g: Tree,
     c: Tensor,
     previous: Tree | None,
     rho_used: float | None,
-) -> tuple[Balance, dict[str, Any]]:
-    """Statistics and log entry of a refresh: cosines on this batch, and of the step before with this batch."""
-    K = c.shape[0]
+) -> dict[str, Any]:
+    """Log entry of a refresh, with the cosines on this batch, and of the step before with this batch."""
     same = cross_alignment(gradient, g)
-    share = c / c.sum() if float(c.sum()) > 0 else c
-    balance = balance._replace(
-        same=update_alignment_stats(balance.same, same.cosines, share, solution.direction_norm, active=solution.active)
-    )
-    record: dict[str, Any] = {
+    after = cross_alignment(previous, g) if previous is not None else None
+    return {
         "weights": solution.weights.tolist(),
         "smoothed": balance.coefficients.weights.tolist(),
         "coefficients": c.tolist(),
@@ -335,20 +399,13 @@ def _record(
         "conflict": bool(same.conflict),
         "direction_norm": float(solution.direction_norm),
         "stationary": bool(solution.stationary),
-        "null": null_alignment(K),
+        "signal_share": signal.share.tolist(),
+        "signal_share_error": signal.share_error.tolist(),
+        "null": null_alignment(len(c)),
         "rho_used": rho_used,
-        "next_cosines": None,
-        "next_min_cosine": None,
+        "next_cosines": after.cosines.tolist() if after else None,
+        "next_min_cosine": float(after.minimum) if after else None,
     }
-    if previous is not None:
-        after = cross_alignment(previous, g)
-        record |= {"next_cosines": after.cosines.tolist(), "next_min_cosine": float(after.minimum)}
-        balance = balance._replace(
-            next=update_alignment_stats(
-                balance.next, after.cosines, share, solution.direction_norm, active=solution.active
-            )
-        )
-    return balance, record
 
 
 def is_finite(gradient: Tree) -> bool:

@@ -20,7 +20,8 @@ else:
     import tomli as tomllib
 
 Preset = Literal["world", "demo", "tiny"]
-BUILT_IN_RULES = ("marble", "marble-paper", "weighted-sum", "uniform")
+BUILT_IN_RULES = ("marble", "marble-paper", "min-norm", "weighted-sum", "uniform")
+SOLVERS = ("min-norm", "cone", "prior")
 WORLD_REWARDS = ("objects", "objects_strict", "text", "similarity", "colour", "jpeg")
 
 
@@ -94,6 +95,25 @@ class SolveConfig:
     """Margin in [0, 1) of the guarded smoothing; 0 for the plain EMA."""
     amortize: Literal["norm_corrected", "paper"] | None = None
     """Between solves apply c_k = n alpha_k / |g_k| (ours), or alpha_k itself (the paper)."""
+    solver: Literal["min-norm", "cone", "prior"] | None = None
+    """min-norm: the paper's; cone: the direction nearest to the prior's that lowers no reward; prior: the prior's."""
+    gram: Literal["batch", "halves", "consecutive", "moments", "moment_halves"] | None = None
+    """What the solver sees: this batch's Gram matrix, the cross-Gram of its halves or of two consecutive refreshes
+    (free of noise bias), the Gram of the gradients' moments, or the cross-Gram of the moments of both halves."""
+    decay: float | None = None
+    """Memory of that Gram matrix, or of the moments; 0 for none."""
+    accumulate: int | None = None
+    """Steps before a refresh over which gradients are added up for it: more rows a solve."""
+    shrink: bool | None = None
+    """Move a reward's weight to its prior's as far as its signal cannot be told from zero."""
+    metric: Literal["euclidean", "adam"] | None = None
+    """Inner products of gradients, or of the steps that AdamW makes of them."""
+    step: Literal["batch", "moments"] | None = None
+    """Step along this batch's gradients, or along their moments (which needs another learning rate)."""
+    prior: tuple[float, ...] | None = None
+    """Weights of the rewards' advantages before any balancing; 1/K each if empty."""
+    softmin: float | None = None
+    """Strength with which the prior favours rewards that have gained less so far; 0 for a constant prior."""
     rows: Literal["shared", "k_pass"] = "shared"
     """All K gradients from one shared backward pass, or from K passes."""
     uniform_tail: int = 0
@@ -116,7 +136,7 @@ class OptimConfig:
     """Gradients are scaled down to this norm."""
     steps_per_epoch: int = 2
     """Optimiser steps an epoch, each on its share of the images."""
-    micro_batch: int = 108
+    micro_batch: int = 54
     """Rows (an image at a timestep) of one forward and backward pass; gradients accumulate over them."""
     old_decay: Literal["standard", "slow"] = "standard"
     """Schedule by which the sampling policy follows: decay min(0.001 step, 0.5), or the paper's for OCR."""
@@ -151,7 +171,7 @@ class Config:
     run: Path = Path("runs/world")
     """Folder of the run: config, metrics, checkpoints, images, report."""
     balance: str = "marble"
-    """marble, marble-paper, weighted-sum, uniform, or module:callable from a Gram matrix to weights."""
+    """marble, marble-paper, min-norm, weighted-sum, uniform, or module:callable from a Gram matrix to weights."""
     rewards: tuple[str, ...] = ("objects", "text", "similarity", "colour", "jpeg")
     """Rewards to raise: names of the world's five, or module:callable of your own."""
     reward_weights: tuple[float, ...] = ()
@@ -210,6 +230,14 @@ class Rule:
 
     kind: Literal["solve", "weighted-sum", "uniform"]
     solver: str
+    gram: Literal["batch", "halves", "consecutive", "moments", "moment_halves"]
+    decay: float
+    accumulate: int
+    shrink: bool
+    metric: Literal["euclidean", "adam"]
+    step: Literal["batch", "moments"]
+    prior: tuple[float, ...]
+    softmin: float
     gradients: Literal["signal", "full"]
     normalize: bool
     refresh_every: int
@@ -219,12 +247,31 @@ class Rule:
     rows: Literal["shared", "k_pass"]
 
 
-_OURS = Rule("solve", "min-norm", "signal", True, 10, 0.7, 0.5, "norm_corrected", "shared")
+_MIN_NORM = Rule(
+    kind="solve",
+    solver="min-norm",
+    gram="batch",
+    decay=0.0,
+    accumulate=1,
+    shrink=False,
+    metric="euclidean",
+    step="batch",
+    prior=(),
+    softmin=0.0,
+    gradients="signal",
+    normalize=True,
+    refresh_every=10,
+    rho=0.7,
+    guard=0.5,
+    amortize="norm_corrected",
+    rows="shared",
+)
 _RULES = {
-    "marble": _OURS,
-    "marble-paper": dataclasses.replace(_OURS, gradients="full", guard=0.0, amortize="paper"),
-    "weighted-sum": dataclasses.replace(_OURS, kind="weighted-sum"),
-    "uniform": dataclasses.replace(_OURS, kind="uniform"),
+    "marble": dataclasses.replace(_MIN_NORM, solver="prior", softmin=5.0),
+    "marble-paper": dataclasses.replace(_MIN_NORM, gradients="full", guard=0.0, amortize="paper"),
+    "min-norm": _MIN_NORM,
+    "weighted-sum": dataclasses.replace(_MIN_NORM, kind="weighted-sum"),
+    "uniform": dataclasses.replace(_MIN_NORM, kind="uniform"),
 }
 
 
@@ -237,7 +284,7 @@ def rule_of(config: Config) -> Rule:
         >>> rule_of(Config(balance="marble-paper", solve=SolveConfig(refresh_every=1))).gradients
         'full'
     """
-    base = _RULES.get(config.balance, dataclasses.replace(_OURS, solver=config.balance, guard=0.0))
+    base = _RULES.get(config.balance, dataclasses.replace(_MIN_NORM, solver=config.balance, guard=0.0))
     names = {f.name for f in dataclasses.fields(Rule)}
     given = {k: v for k, v in vars(config.solve).items() if k in names and v is not None}
     return dataclasses.replace(base, **given)

@@ -92,6 +92,16 @@ def prompt_means(scores: Scores, images: int) -> Tensor:
     return values.reshape(-1, images, values.shape[1]).nanmean(1)
 
 
+def within_std(scores: Scores, images: int) -> Tensor:
+    """Standard deviation of each reward ``[K]`` over the images of one prompt, pooled over prompts: the unit in which
+    advantages are measured. NaN with one image a prompt, or where the reward never applies.
+    """
+    x = torch.where(scores.applicable, scores.values, torch.nan).reshape(-1, images, scores.values.shape[1])
+    count = (~x.isnan()).sum(1)
+    squares = (x - x.nanmean(1, keepdim=True)).square().nansum((0, 1))
+    return (squares / (count - 1).clamp(min=0).sum(0)).sqrt()
+
+
 def interval(values: Tensor) -> Interval:
     """Mean of the values that are not NaN with Student's 95 % interval; prompts are the independent units.
 

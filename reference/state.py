@@ -8,11 +8,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 from reference import checkpoint
-from reference.balance import Balance, Tree
+from reference.balance import Balance
 from reference.config import Config, to_toml
 from reference.errors import CheckpointError, ConfigError
+from reference.estimate import Tree
 from reference.live import Live
 from reference.policy import Policy, adapter_state, load_adapter
+from reference.progress import Progress
 
 
 class State(NamedTuple):
@@ -25,6 +27,7 @@ class State(NamedTuple):
     ema: Tree
     balance: Balance
     previous: Tree | None  # the gradient of the step before a refresh
+    progress: Progress
 
 
 def open_run(config: Config, resume: bool) -> None:
@@ -69,6 +72,7 @@ def save_state(
         "optimizer": optimizer.state_dict(),
         "balance": leaves,
         "previous": state.previous,
+        "progress": tuple(state.progress),
         "rng": checkpoint.rng_state(),
         "metrics": live.position(),
     }
@@ -98,6 +102,7 @@ def restore_state(
         saved["ema"],
         pytree.tree_unflatten(saved["balance"], spec),
         saved["previous"],
+        Progress(*saved["progress"]),
     )
 
 

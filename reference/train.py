@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import signal
 import time
@@ -21,27 +22,29 @@ from marble_core import (
     STANDARD_DECAY,
     ema_tree,
     eval_ema_decay,
-    group_advantages,
     old_policy_decay,
     refresh_due,
+    soft_min_weights,
 )
 from reference import checkpoint
-from reference.balance import Rows, init_balance, is_finite, step_gradient
+from reference.balance import Rows, Step, applied_coefficients, init_balance, is_finite, step_gradient
 from reference.base import Base, load_base
-from reference.config import Config, Rule, rule_of, training_times
+from reference.batch import advantages, images_of_steps, sample_epoch, step_rows
+from reference.config import SOLVERS, Config, Rule, rule_of
 from reference.errors import Interrupted, RewardError, TrainingError
-from reference.evaluate import evaluate, generate, generator, interval, prompt_means
+from reference.evaluate import evaluate, generator, interval, prompt_means, within_std
 from reference.live import Live, save_grid
 from reference.policy import Policy, adapter_state, add_lora, load_adapter, parameters
-from reference.prompts import prompts_of_epoch, training_prompts, world_prompts
+from reference.progress import Progress, gains_of, init_progress, update_progress
+from reference.prompts import training_prompts, world_prompts
 from reference.report import write_report
-from reference.rollout import times
-from reference.scoring import Reward, Scores, load_callable, score
+from reference.scoring import Reward, Scores, load_callable
 from reference.state import State, open_run, restore_state, save_state
 from reference.validation import validate
 from reference.world.rewards import REWARDS as WORLD
 
 _MAX_SKIPPED = 10  # steps in a row without a finite gradient
+_FIRST_EPOCHS = 10  # at most so many make up the baseline that gains are measured from
 
 
 def load_rewards(names: tuple[str, ...]) -> dict[str, Reward]:
@@ -55,7 +58,7 @@ def prepare(config: Config) -> tuple[dict[str, Reward], dict[str, Reward], list[
     Raises:
         ConfigError: one of them cannot be used.
     """
-    if rule_of(config).solver != "min-norm":
+    if rule_of(config).solver not in SOLVERS:
         load_callable(config.balance, "balance")
     rewards = load_rewards(config.rewards)
     pool = training_prompts(config.rollout.prompts, config.rollout.pool, config.seed)
@@ -88,7 +91,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
         parameters(policy).values(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, eps=o.eps
     )
     open_run(config, resume)
-    state = State(0, 0, 0, 0, adapter_state(policy, "default"), init_balance(len(rewards)), None)
+    balance = init_balance(len(rewards), rule_of(config), parameters(policy))
+    state = State(0, 0, 0, 0, adapter_state(policy, "default"), balance, None, init_progress(len(rewards)))
     saved = checkpoint.latest(config.run / "checkpoints") if resume else None
     if saved is not None:
         state = restore_state(saved, policy, optimizer, state, config)
@@ -132,38 +136,37 @@ def _epoch(
     rng: dict[str, Any] | None,
 ) -> State:
     """One epoch, or what is left of it: its rollout depends on the seed, the epoch and the old policy alone."""
-    r, rule, clock = config.rollout, rule_of(config), [time.monotonic()]
+    rule, clock, cpu = rule_of(config), [time.monotonic()], time.process_time()
     _seed_everything(config.seed, state.epoch)
 
-    live.phase(state.epoch, "sampling")
-    chosen = prompts_of_epoch(pool, r.prompts_per_epoch, config.seed, state.epoch)
-    prompts = [prompt for prompt in chosen for _ in range(r.images_per_prompt)]
-    noise = torch.randn(len(prompts), *base.latent_shape, generator=generator(config.seed, "rollout", state.epoch))
-    x0, images = generate(policy, base, prompts, noise, adapter="old", sampler=r.sampler, steps=r.steps, batch=r.batch)
-    clock.append(time.monotonic())
+    def sampled() -> None:
+        clock.append(time.monotonic())
+        live.phase(state.epoch, "scoring")
 
-    live.phase(state.epoch, "scoring")
+    live.phase(state.epoch, "sampling")
     try:
-        scores = score(rewards, images, prompts, [None] * len(prompts))
+        rollout = sample_epoch(policy, base, rewards, pool, config, state.epoch, sampled)
     except RewardError:
         save_state(policy, optimizer, state, config, live)
         raise
     clock.append(time.monotonic())
 
     live.phase(state.epoch, "training")
-    A, A_sum = _advantages(scores, config)
-    notes = _constant_rewards(A, scores, tuple(rewards))
-    order = torch.randperm(len(prompts), generator=generator(config.seed, "order", state.epoch))
-    parts = order.tensor_split(config.optim.steps_per_epoch)
+    A, A_sum = advantages(rollout.scores, config)
+    notes = _constant_rewards(A, rollout.scores, tuple(rewards))
+    learning = state.epoch < min(math.ceil(len(pool) / config.rollout.prompts_per_epoch), _FIRST_EPOCHS)
+    images = config.rollout.images_per_prompt
+    progress = update_progress(state.progress, rollout.prompts, rollout.scores, images, learning=learning)
+    prior = _prior(progress, rule)
+    parts = images_of_steps(len(A), config, state.epoch)
     if rng is not None:
         checkpoint.set_rng_state(rng)
     while state.part < len(parts):
         if stop[0]:
             save_state(policy, optimizer, state, config, live)
             raise Interrupted(f"stopped after step {state.step}; go on with --resume")
-        index = parts[state.part]
-        rows = _rows(base, x0, prompts, A, A_sum, index, config, state)
-        state = _step(policy, optimizer, state, rows, rule, config, live)
+        rows = step_rows(base, rollout, A, A_sum, parts[state.part], config, state.epoch, state.part)
+        state = _step(policy, optimizer, state, rows, rule, prior, config, live)
         state = state._replace(part=state.part + 1)
         if state.skipped >= _MAX_SKIPPED:
             save_state(policy, optimizer, state._replace(skipped=0), config, live)
@@ -175,8 +178,8 @@ def _epoch(
     decay = old_policy_decay(state.step, SLOW_DECAY if config.optim.old_decay == "slow" else STANDARD_DECAY)
     load_adapter(policy, "old", ema_tree(parameters(policy, "old"), parameters(policy), decay))
     clock.append(time.monotonic())
-    _log_epoch(state, scores, tuple(rewards), clock, notes, live)
-    return state._replace(epoch=state.epoch + 1, part=0)
+    _log_epoch(state, rollout.scores, progress, tuple(rewards), clock, time.process_time() - cpu, notes, live)
+    return state._replace(epoch=state.epoch + 1, part=0, progress=progress)
 
 
 def _step(
@@ -185,23 +188,21 @@ def _step(
     state: State,
     rows: Rows,
     rule: Rule,
+    prior: Tensor,
     config: Config,
     live: Live,
 ) -> State:
     """One optimiser step: the balanced gradient, clipped; skipped if it is not finite."""
-    tail = state.epoch >= config.epochs - config.solve.uniform_tail
-    refresh = refresh_due(state.step, rule.refresh_every)
-    result = step_gradient(
-        policy,
-        rows,
-        state.balance,
-        rule,
-        config.loss,
-        refresh=refresh,
-        uniform=tail,
-        micro_batch=config.optim.micro_batch,
+    every, at = rule.refresh_every, state.step
+    step = Step(
+        refresh=refresh_due(at, every),
+        collect=any(refresh_due(at + ahead, every) for ahead in range(1, rule.accumulate)),
+        uniform=state.epoch >= config.epochs - config.solve.uniform_tail,
+        prior=prior,
+        metric=_inverse_metric(optimizer, policy) if rule.metric == "adam" else None,
         previous=state.previous,
     )
+    result = step_gradient(policy, rows, state.balance, rule, config.loss, step, micro_batch=config.optim.micro_batch)
     finite = is_finite(result.gradient)
     metrics = dict(result.metrics)
     if finite:
@@ -215,41 +216,35 @@ def _step(
         state = state._replace(ema=ema_tree(state.ema, parameters(policy), decay), balance=result.balance)
     names = config.rewards
     where = {"epoch": state.epoch, "step": state.step + 1}
-    coefficients = dict(zip(names, state.balance.applied.tolist(), strict=True))
-    live.log(
-        {"kind": "step", **where, "refresh": refresh, "skipped": not finite, **metrics, "coefficients": coefficients}
-    )
+    applied = applied_coefficients(rule, state.balance, prior)
+    coefficients = dict(zip(names, applied.tolist(), strict=True))
+    record = {"refresh": step.refresh, "skipped": not finite, **metrics, "coefficients": coefficients}
+    live.log({"kind": "step", **where, **record})
     if result.refresh is not None:
         record = {k: dict(zip(names, v, strict=True)) if isinstance(v, list) else v for k, v in result.refresh.items()}
         live.log({"kind": "refresh", **where, **record})
-    keep = result.gradient if finite and refresh_due(state.step + 1, rule.refresh_every) else None
+    keep = result.gradient if finite and refresh_due(at + 1, every) else None
     return state._replace(step=state.step + 1, skipped=0 if finite else state.skipped + 1, previous=keep)
 
 
-def _rows(
-    base: Base, x0: Tensor, prompts: list[str], A: Tensor, A_sum: Tensor, index: Tensor, config: Config, state: State
-) -> Rows:
-    """Rows of one step: each of its images at some of the sampler's own times, with fresh noise."""
-    random_ = generator(config.seed, "rows", state.epoch, state.part)
-    schedule = times(base.scheduler, config.rollout.steps)[: training_times(config)]
-    J = config.loss.timesteps_per_image or len(schedule)
-    chosen = torch.rand(len(index), len(schedule), generator=random_).argsort(1)[:, :J]
-    image = index.repeat_interleave(J)
-    embeds, pooled = base.encode([prompts[i] for i in image.tolist()])
-    clean = x0[image]
-    noise = torch.randn(clean.shape, generator=random_)
-    return Rows(clean, noise, schedule[chosen.flatten()], embeds, pooled, A[image], A_sum[image])
+def _prior(progress: Progress, rule: Rule) -> Tensor:
+    """Weights of the advantages before balancing ``[K]``: the user's, tilted towards rewards that lag."""
+    gains = gains_of(progress)
+    prior = torch.tensor(rule.prior or [1.0] * len(gains), dtype=torch.float64)
+    return soft_min_weights(gains, prior, rule.softmin)
 
 
-def _advantages(scores: Scores, config: Config) -> tuple[Tensor, Tensor]:
-    """Advantages of every reward ``[N, K]``, and those of the weighted sum of raw rewards ``[N]``, in float32."""
-    N = scores.values.shape[0]
-    groups = torch.arange(N) // config.rollout.images_per_prompt
-    A = group_advantages(scores.values, groups, applicable=scores.applicable, std=config.loss.std)
-    weights = torch.tensor(config.reward_weights or [1.0] * len(config.rewards), dtype=torch.float64)
-    total = (scores.values * weights).sum(1, keepdim=True)
-    A_sum = group_advantages(total, groups, std=config.loss.std).squeeze(1)
-    return A.float(), A_sum.float()
+def _inverse_metric(optimizer: torch.optim.Optimizer, policy: Policy) -> dict[str, Tensor] | None:
+    """``1 / (sqrt(v_hat) + eps)`` by parameter, AdamW's step for a unit of gradient; None before its first step."""
+    group = optimizer.param_groups[0]
+    found = {}
+    for name, p in parameters(policy).items():
+        state = optimizer.state.get(p)
+        if not state:
+            return None
+        v_hat = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+        found[name] = 1 / (v_hat.sqrt() + group["eps"])
+    return found
 
 
 def _constant_rewards(A: Tensor, scores: Scores, names: tuple[str, ...]) -> list[str]:
@@ -263,7 +258,14 @@ def _constant_rewards(A: Tensor, scores: Scores, names: tuple[str, ...]) -> list
 
 
 def _log_epoch(
-    state: State, scores: Scores, names: tuple[str, ...], clock: list[float], notes: list[str], live: Live
+    state: State,
+    scores: Scores,
+    progress: Progress,
+    names: tuple[str, ...],
+    clock: list[float],
+    cpu: float,
+    notes: list[str],
+    live: Live,
 ) -> None:
     """Record an epoch's rewards on its training prompts, its times and its warnings."""
     summary = {}
@@ -272,7 +274,9 @@ def _log_epoch(
         std = float(x.std()) if len(x) > 1 else None
         summary[name] = {"mean": float(x.mean()) if len(x) else None, "std": std, "n": len(x)}
     seconds = {k: b - a for k, a, b in zip(("sample", "score", "train"), clock, clock[1:], strict=False)}
-    record = {"epoch": state.epoch, "step": state.step, "images": len(scores.values), "seconds": seconds}
+    record: dict[str, Any] = {"epoch": state.epoch, "step": state.step, "images": len(scores.values)}
+    record |= {"seconds": seconds, "cpu_seconds": cpu}
+    record |= {"gains": dict(zip(names, gains_of(progress).tolist(), strict=True))}
     live.log({"kind": "epoch", **record, "rewards": summary, "warnings": notes})
     for note in notes:
         live.say(f"warning, epoch {state.epoch}: {note}")
@@ -307,7 +311,9 @@ def _evaluate(
     means = prompt_means(scores, log.eval_images)
     summary = {k: interval(column)._asdict() for k, column in zip(rewards, means.unbind(1), strict=True)}
     per_prompt = {k: column.tolist() for k, column in zip(rewards, means.unbind(1), strict=True)}
-    live.log({"kind": "eval", "step": state.step, "epoch": state.epoch, "rewards": summary, "per_prompt": per_prompt})
+    spread = dict(zip(rewards, within_std(scores, log.eval_images).tolist(), strict=True))
+    where = {"step": state.step, "epoch": state.epoch}
+    live.log({"kind": "eval", **where, "rewards": summary, "within_std": spread, "per_prompt": per_prompt})
     save_grid(images[:: log.eval_images][:40], config.run / "grids" / f"{name}.png", columns=10, scale=3)
 
 

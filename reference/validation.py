@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Sequence
 
-from reference.config import BUILT_IN_RULES, WORLD_REWARDS, Config, Rule, rule_of, training_times
+from reference.config import BUILT_IN_RULES, WORLD_REWARDS, Config, Rule, SolveConfig, rule_of, training_times
 from reference.errors import ConfigError
 
 
@@ -41,6 +42,10 @@ def validate(config: Config) -> None:
            optim.steps_per_epoch)  # fmt: skip
     _check(rollout.prompts != "world" or rollout.prompts_per_epoch <= rollout.pool, "rollout.prompts_per_epoch to be "
            f"at most rollout.pool = {rollout.pool}", rollout.prompts_per_epoch)  # fmt: skip
+    _check(len(rule.prior) in (0, len(names)), f"solve.prior to be empty or {len(names)} numbers, one a reward",
+           rule.prior)  # fmt: skip
+    usable = all(0 <= p < math.inf for p in rule.prior) and (not rule.prior or sum(rule.prior) > 0)
+    _check(usable, "solve.prior to be finite, at least 0, and not all 0", rule.prior)
     tail = config.solve.uniform_tail
     _check(0 <= tail <= config.epochs, f"solve.uniform_tail to be at most epochs = {config.epochs}", tail)
     _check_rule(config, rule)
@@ -62,7 +67,11 @@ def _check_ranges(config: Config, rule: Rule) -> None:
         _check(value > 0, f"{name} to be positive", value)
     for name, value in {"solve.rho": rule.rho, "optim.ema_cap": optim.ema_cap}.items():
         _check(0 <= value <= 1, f"{name} to be in [0, 1]", value)
-    _check(0 <= rule.guard < 1, "solve.guard to be in [0, 1)", rule.guard)
+    for name, value in {"solve.guard": rule.guard, "solve.decay": rule.decay}.items():
+        _check(0 <= value < 1, f"{name} to be in [0, 1)", value)
+    _check(1 <= rule.accumulate <= rule.refresh_every, "solve.accumulate to be from 1 to solve.refresh_every = "
+           f"{rule.refresh_every}", rule.accumulate)  # fmt: skip
+    _check(0 <= rule.softmin < math.inf, "solve.softmin to be finite and at least 0", rule.softmin)
     not_negative = {
         "threads": config.threads, "loss.kl_weight": loss.kl_weight, "optim.weight_decay": optim.weight_decay,
         "log.eval_every": config.log.eval_every, "log.save_every": config.log.save_every,
@@ -74,19 +83,38 @@ def _check_ranges(config: Config, rule: Rule) -> None:
 
 def _check_rule(config: Config, rule: Rule) -> None:
     """Combinations of rule and switches that contradict each other."""
-    name = config.balance
+    name, given = config.balance, config.solve
     _check_name("balance", name, BUILT_IN_RULES)
-    switches = ("gradients", "normalize", "rho", "guard", "amortize")
     if rule.kind != "solve":
-        used = [s for s in switches if getattr(config.solve, s) is not None]
-        _check(not used, f"no solve.{'/'.join(used)} with balance {name}, which has nothing to solve", used)
-        _check(config.solve.uniform_tail == 0, f"no solve.uniform_tail with balance {name}", config.solve.uniform_tail)
-    own = rule.solver != "min-norm"
+        _check_unused(config, [s for s in _SWITCHES if s != "refresh_every"], f"balance {name}, which solves nothing")
+        _check(given.uniform_tail == 0, f"no solve.uniform_tail with balance {name}", given.uniform_tail)
+    own = name not in BUILT_IN_RULES
+    _check(not own or given.solver is None, "no solve.solver with a rule of your own", given.solver)
+    if rule.kind == "solve" and rule.solver in ("cone", "prior"):
+        _check_unused(config, ("gradients", "normalize", "rho", "guard", "amortize"), f"solver {rule.solver}")
+    if rule.solver == "prior":
+        unused = ("gram", "decay", "accumulate", "shrink", "metric", "step")
+        _check_unused(config, unused, "solver prior, which looks at no gradient")
+    if rule.kind == "solve" and rule.solver not in ("cone", "prior") and not rule.shrink:
+        _check_unused(config, ("prior", "softmin"), f"solver {rule.solver} without solve.shrink, which has no prior")
+    full = rule.gradients == "full"
+    _check(not full or (rule.gram in ("batch", "moments") and not rule.shrink), "solve.gradients signal with "
+           "solve.shrink or a cross-Gram: the shared part is in both of its sides", "full")  # fmt: skip
+    _check(not full or rule.step == "batch", "solve.gradients signal where solve.step is moments", "full")
     _check(rule.normalize or not own, "no solve.normalize false with a rule of your own, which decides", False)
     _check(rule.normalize or rule.guard == 0, "solve.guard 0 where solve.normalize is false: the guard is about unit "
            "gradients", rule.guard)  # fmt: skip
-    _check(rule.gradients == "signal" or rule.amortize == "paper" or rule.normalize, "solve.amortize paper for full "
+    _check(not full or rule.amortize == "paper" or rule.normalize, "solve.amortize paper for full "
            "gradients that are not normalized", rule.amortize)  # fmt: skip
+
+
+_SWITCHES = tuple(f.name for f in dataclasses.fields(SolveConfig) if f.default is None)
+
+
+def _check_unused(config: Config, switches: Sequence[str], with_what: str) -> None:
+    """Raise if a switch is set that the rule would ignore."""
+    used = [s for s in switches if getattr(config.solve, s) is not None]
+    _check(not used, f"no solve.{'/'.join(used)} with {with_what}", used)
 
 
 def _check_name(key: str, name: str, known: Sequence[str]) -> None:

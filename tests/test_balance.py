@@ -11,9 +11,28 @@ import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor
 
-from marble_core import branch_losses, combine_interpolation, harmonize, interpolation, min_norm_weights, nft_loss
-from reference.balance import Balance, Rows, StepResult, Tree, init_balance, is_finite, micro_batches, step_gradient
+from marble_core import (
+    branch_losses,
+    combine_interpolation,
+    cone_weights,
+    harmonize,
+    interpolation,
+    min_norm_weights,
+    nft_loss,
+)
+from reference.balance import (
+    Balance,
+    Rows,
+    Step,
+    StepResult,
+    applied_coefficients,
+    init_balance,
+    is_finite,
+    micro_batches,
+    step_gradient,
+)
 from reference.config import Config, LossConfig, Rule, SolveConfig, rule_of
+from reference.estimate import Tree
 from reference.policy import Policy, active, adapter_state, add_lora, load_adapter, parameters, velocity
 
 K, B = 3, 7
@@ -54,7 +73,8 @@ def some_rows(A_scale: float = 1.0) -> Rows:
     embeds = torch.randn(B, 2, 6, generator=g, dtype=torch.float64)
     pooled = torch.randn(B, 5, generator=g, dtype=torch.float64)
     A = A_scale * torch.randn(B, K, generator=g, dtype=torch.float64)
-    return Rows(x0, noise, t, embeds, pooled, A, A_scale * torch.randn(B, generator=g, dtype=torch.float64))
+    A_sum = A_scale * torch.randn(B, generator=g, dtype=torch.float64)
+    return Rows(x0, noise, t, embeds, pooled, A, A_sum, (torch.arange(B) >= B // 2).long())
 
 
 @pytest.fixture(scope="module")
@@ -96,21 +116,17 @@ def take(
     uniform: bool = False,
     micro_batch: int = 3,
     previous: Tree | None = None,
+    collect: bool = False,
+    prior: Tensor | None = None,
+    metric: Tree | None = None,
 ) -> StepResult:
-    return step_gradient(
-        policy,
-        rows,
-        balance or init_balance(K),
-        rule,
-        loss,
-        refresh=refresh,
-        uniform=uniform,
-        micro_batch=micro_batch,
-        previous=previous,
-    )
+    prior = torch.full((K,), 1 / K, dtype=torch.float64) if prior is None else prior
+    balance = balance or init_balance(K, rule, parameters(policy))
+    step = Step(refresh, collect, uniform, prior, metric, previous)
+    return step_gradient(policy, rows, balance, rule, loss, step, micro_batch=micro_batch)
 
 
-def rule(balance: str = "marble", solve: SolveConfig | None = None) -> Rule:
+def rule(balance: str = "min-norm", solve: SolveConfig | None = None) -> Rule:
     return rule_of(Config(balance=balance, solve=solve or SolveConfig()))
 
 
@@ -169,16 +185,16 @@ def test_the_kl_of_the_papers_rule_is_not_scaled_by_the_solve(policy: Policy, ro
     half = torch.full((B,), 0.5, dtype=torch.float64)
     without = plain_gradient(policy, rows, half)
     pull = {n: x - without[n] for n, x in plain_gradient(policy, rows, half, loss).items()}
-    for name in ("marble-paper", "marble", "uniform"):
+    for name in ("marble-paper", "min-norm", "uniform"):
         plain, pulled = (take(policy, rows, rule(name), loss=which).gradient for which in (LOSS, loss))
         assert_trees({n: pulled[n] - plain[n] for n in plain}, pull, 1e-5)
 
 
-def test_marble_balances_the_signal_and_adds_the_shared_part_once(policy: Policy, rows: Rows) -> None:
+def test_min_norm_balances_the_signal_and_adds_the_shared_part_once(policy: Policy, rows: Rows) -> None:
     h, prox = signal_gradients(policy, rows)
     matrix = torch.stack([flat(x) for x in h])
     solution = harmonize(matrix @ matrix.mT)
-    sharp = rule("marble", SolveConfig(rho=0.0))  # no memory: the fresh solution itself
+    sharp = rule("min-norm", SolveConfig(rho=0.0))  # no memory: the fresh solution itself
     expected = solution.coefficients @ matrix + flat(prox)
     found = take(policy, rows, sharp)
     torch.testing.assert_close(flat(found.gradient), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
@@ -188,8 +204,8 @@ def test_norm_corrected_coefficients_reproduce_the_refresh_in_one_pass(policy: P
     rows = some_rows(A_scale=4.0)  # some advantages are clamped
     assert (rows.A.abs() > 5).any()
     for solve in (SolveConfig(), SolveConfig(gradients="full"), SolveConfig(normalize=False, guard=0.0)):
-        first = take(policy, rows, rule("marble", solve))
-        again = take(policy, rows, rule("marble", solve), balance=first.balance, refresh=False)
+        first = take(policy, rows, rule("min-norm", solve))
+        again = take(policy, rows, rule("min-norm", solve), balance=first.balance, refresh=False)
         assert_trees(again.gradient, first.gradient)
 
 
@@ -197,12 +213,12 @@ def test_without_normalization_the_weights_are_the_min_norm_point_of_the_raw_gra
     policy: Policy, rows: Rows
 ) -> None:
     matrix = torch.stack([flat(x) for x in signal_gradients(policy, rows)[0]])
-    found = take(policy, rows, rule("marble", SolveConfig(normalize=False, guard=0.0, rho=0.0)))
+    found = take(policy, rows, rule("min-norm", SolveConfig(normalize=False, guard=0.0, rho=0.0)))
     w = min_norm_weights(matrix @ matrix.mT)
     torch.testing.assert_close(found.balance.applied, w, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["marble", "marble-paper", "uniform"])
+@pytest.mark.parametrize("name", ["marble", "min-norm", "marble-paper", "uniform"])
 @pytest.mark.parametrize("form", ["x0", "velocity"])
 def test_the_shared_pass_equals_k_passes(policy: Policy, rows: Rows, name: str, form: Any) -> None:
     loss = dataclasses.replace(LOSS, form=form, kl_weight=0.1)
@@ -211,7 +227,7 @@ def test_the_shared_pass_equals_k_passes(policy: Policy, rows: Rows, name: str, 
     assert_trees(shared.gradient, separate.gradient)
 
 
-@pytest.mark.parametrize("name", ["marble", "marble-paper", "weighted-sum"])
+@pytest.mark.parametrize("name", ["marble", "min-norm", "marble-paper", "weighted-sum"])
 @pytest.mark.parametrize("refresh", [True, False])
 def test_micro_batches_only_save_memory(policy: Policy, rows: Rows, name: str, refresh: bool) -> None:
     whole, parts = (take(policy, rows, rule(name), refresh=refresh, micro_batch=n) for n in (B, 2))
@@ -274,19 +290,124 @@ def test_cosines_of_this_batch_and_of_the_step_before(policy: Policy, rows: Rows
 def test_nothing_is_left_behind(policy: Policy, rows: Rows) -> None:
     before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
     flags = {n: p.requires_grad for n, p in policy.model.named_parameters()}
-    state = init_balance(K)
+    state = init_balance(K, rule(), parameters(policy))
     take(policy, rows, rule(), balance=state, loss=dataclasses.replace(LOSS, kl_weight=0.1))
     assert {n: p.requires_grad for n, p in policy.model.named_parameters()} == flags
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in policy.model.named_parameters())
-    assert torch.equal(state.applied, init_balance(K).applied)
+    assert torch.equal(state.applied, init_balance(K, rule(), parameters(policy)).applied)
 
 
 def test_combining_in_r_is_exact_with_clamping(policy: Policy) -> None:
     rows = some_rows(A_scale=4.0)
     w = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-    state = init_balance(K)._replace(applied=w)
+    state = init_balance(K, rule(), parameters(policy))._replace(applied=w)
     found = take(policy, rows, rule(), balance=state, refresh=False).gradient
     assert_trees(found, plain_gradient(policy, rows, combine_interpolation(w, interpolation(rows.A))))
+
+
+def gram_of(trees: list[Tree]) -> Tensor:
+    matrix = torch.stack([flat(x) for x in trees])
+    return matrix @ matrix.mT
+
+
+@pytest.mark.parametrize("refresh", [True, False])
+def test_the_prior_alone_is_a_weighted_mean_of_signals(policy: Policy, rows: Rows, refresh: bool) -> None:
+    prior = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    found = take(policy, rows, rule("marble"), prior=prior, refresh=refresh)
+    assert_trees(found.gradient, plain_gradient(policy, rows, combine_interpolation(prior, interpolation(rows.A))))
+    assert found.balance.applied.tolist() == [0.0] * K
+    assert applied_coefficients(rule("marble"), found.balance, prior).tolist() == prior.tolist()
+
+
+def test_the_cone_is_the_projection_of_the_priors_direction(policy: Policy, rows: Rows) -> None:
+    prior = torch.tensor([0.1, 0.8, 0.1], dtype=torch.float64)
+    opposed = rows._replace(A=torch.stack([rows.A[:, 0], rows.A[:, 1], -rows.A[:, 1] + 0.3 * rows.A[:, 2]], 1))
+    cone = rule("marble", SolveConfig(solver="cone"))
+    first = take(policy, opposed, cone, prior=prior)
+    h, prox = signal_gradients(policy, opposed)
+    c = cone_weights(gram_of(h), prior)
+    assert (c > prior).any()  # the prior's direction lowers the third
+    torch.testing.assert_close(first.balance.applied, c - prior, rtol=0, atol=1e-4)
+    expected = {n: prox[n] + sum(float(c[k]) * h[k][n] for k in range(K)) for n in prox}
+    assert_trees(first.gradient, expected, tol=1e-4)
+    later = take(policy, opposed, cone, prior=prior, balance=first.balance, refresh=False)
+    assert_trees(later.gradient, expected, tol=1e-4)
+        take(policy, opposed, cone, prior=prior, balance=first.balance, refresh=False).gradient, expected, 1e-4
+    )
+    for k in range(K):
+        d = flat(first.gradient) - flat(prox)
+        assert float(d @ flat(h[k])) > -1e-5 * float(d.norm() * flat(h[k]).norm())
+
+
+def test_between_refreshes_the_cone_follows_the_prior(policy: Policy, rows: Rows) -> None:
+    cone = rule("marble", SolveConfig(solver="cone"))
+    state = take(policy, rows, cone).balance
+    other = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    torch.testing.assert_close(applied_coefficients(cone, state, other), other + state.applied)
+
+
+def test_one_refresh_shrinks_everything_to_the_prior(policy: Policy, rows: Rows) -> None:
+    """With one refresh no error is known, so that no signal can be told from zero."""
+    prior = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    found = take(policy, rows, rule("min-norm", SolveConfig(shrink=True, rho=0.0)), prior=prior)
+    torch.testing.assert_close(found.balance.coefficients.weights, prior)
+    h, _ = signal_gradients(policy, rows)
+    norms = torch.stack([flat(x).norm() for x in h])
+    torch.testing.assert_close(found.balance.applied, norms.mean() * prior / norms, rtol=1e-5, atol=0)
+
+
+def test_steps_collected_for_a_solve(policy: Policy, rows: Rows) -> None:
+    """The solve sees the mean over the collected steps; the step goes along its own rows."""
+    several = rule("min-norm", SolveConfig(accumulate=2, refresh_every=2, rho=0.0, guard=0.0))
+    others = some_rows()._replace(A=rows.A.flip(0))
+    first = take(policy, others, several, refresh=False, collect=True)
+    assert first.refresh is None
+    assert_trees(first.gradient, take(policy, others, several, refresh=False).gradient)
+    second = take(policy, rows, several, balance=first.balance)
+    (h, prox), (g, _) = signal_gradients(policy, rows), signal_gradients(policy, others)
+    both = [{n: (x[n] + y[n]) / 2 for n in x} for x, y in zip(h, g, strict=True)]
+    c = harmonize(gram_of(both)).coefficients
+    torch.testing.assert_close(second.balance.applied, c, rtol=1e-4, atol=1e-6)
+    assert_trees(second.gradient, {n: prox[n] + sum(float(c[k]) * h[k][n] for k in range(K)) for n in prox}, tol=1e-4)
+
+
+def test_a_step_along_moments(policy: Policy, rows: Rows) -> None:
+    smooth = rule("min-norm", SolveConfig(gram="moments", step="moments", decay=0.5, rho=0.0, guard=0.0))
+    others = some_rows()._replace(A=rows.A.flip(0))
+    first = take(policy, others, smooth)
+    second = take(policy, rows, smooth, balance=first.balance)
+    (h, prox), (g, _) = signal_gradients(policy, rows), signal_gradients(policy, others)
+    m = [{n: (0.5 * x[n] + 0.25 * y[n]) / 0.75 for n in x} for x, y in zip(h, g, strict=True)]
+    c = harmonize(gram_of(m)).coefficients
+    assert_trees(second.gradient, {n: prox[n] + sum(float(c[k]) * m[k][n] for k in range(K)) for n in prox}, tol=1e-4)
+
+
+def test_the_metric_of_the_optimizer(policy: Policy, rows: Rows) -> None:
+    metric = {n: torch.linspace(0.1, 3.0, p.numel()).reshape(p.shape).double() for n, p in parameters(policy).items()}
+    found = take(policy, rows, rule("min-norm", SolveConfig(metric="adam", rho=0.0, guard=0.0)), metric=metric)
+    h, _ = signal_gradients(policy, rows)
+    c = harmonize(gram_of([{n: x[n] * metric[n].sqrt() for n in x} for x in h])).coefficients
+    torch.testing.assert_close(found.balance.applied, c, rtol=1e-4, atol=1e-6)
+
+
+def test_halves_with_one_image_are_the_whole(policy: Policy, rows: Rows) -> None:
+    alone = rows._replace(half=torch.zeros(B, dtype=torch.long))
+    assert_trees(take(policy, alone, rule()).gradient, take(policy, rows, rule()).gradient)
+
+
+def test_signal_shares_are_of_independent_halves(policy: Policy, rows: Rows) -> None:
+    record = take(policy, rows, rule()).refresh
+    assert record is not None
+    n = int((rows.half == 0).sum())
+    parts = [Rows(*(x[part] for x in rows)) for part in (slice(0, n), slice(n, B))]
+    r = [interpolation(part.A) for part in parts]
+    prox = [plain_gradient(policy, part, torch.full((len(part.t),), 0.5, dtype=torch.float64)) for part in parts]
+    for k in range(K):
+        a, b = (
+            2 * len(part.t) / B * (flat(plain_gradient(policy, part, r[i][:, k])) - flat(prox[i]))
+            for i, part in enumerate(parts)
+        )
+        assert record["signal_share"][k] == pytest.approx(float(a @ b / ((a + b) / 2).square().sum()), abs=1e-4)
 
 
 def test_micro_batches_cover_every_row_once(rows: Rows) -> None:

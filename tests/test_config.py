@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import types
 import typing
 from pathlib import Path
@@ -204,7 +205,9 @@ def test_rules_have_the_switches_of_their_papers() -> None:
         rule = rule_of(Config(balance=balance))
         return rule.kind, rule.solver, rule.gradients, rule.guard, rule.amortize
 
-    assert switches("marble") == ("solve", "min-norm", "signal", 0.5, "norm_corrected")
+    assert switches("marble")[:2] == ("solve", "prior")
+    assert rule_of(Config()).softmin > 0
+    assert switches("min-norm") == ("solve", "min-norm", "signal", 0.5, "norm_corrected")
     assert switches("marble-paper") == ("solve", "min-norm", "full", 0.0, "paper")
     assert switches("weighted-sum")[0] == "weighted-sum"
     assert switches("uniform")[0] == "uniform"
@@ -296,11 +299,21 @@ def test_what_must_be_positive(key: str, value: float) -> None:
         ("solve.uniform_tail", 81, "solve.uniform_tail to be at most epochs = 80, got 81"),
         ("solve.uniform_tail", -1, "solve.uniform_tail to be at most epochs"),
         ("solve.normalize", False, "solve.guard 0 where solve.normalize is false"),
+        ("solve.decay", 1.0, "solve.decay to be in"),
+        ("solve.accumulate", 0, "solve.accumulate to be from 1 to solve.refresh_every = 10"),
+        ("solve.accumulate", 11, "solve.accumulate to be from 1 to solve.refresh_every = 10"),
+        ("solve.softmin", -1.0, "solve.softmin to be finite and at least 0"),
+        ("solve.softmin", float("inf"), "solve.softmin to be finite and at least 0"),
+        ("solve.prior", (1.0,), "solve.prior to be empty or 5 numbers, one a reward"),
+        ("solve.prior", (1.0, 1.0, 1.0, 1.0, -1.0), "solve.prior to be finite, at least 0, and not all 0"),
+        ("solve.prior", (0.0,) * 5, "solve.prior to be finite, at least 0, and not all 0"),
+        ("solve.prior", (1.0,) * 5, "no solve.prior with solver min-norm without solve.shrink"),
+        ("solve.softmin", 2.0, "no solve.softmin with solver min-norm without solve.shrink"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(key: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^config: expected {message}"):
-        validate(with_value(key, value, Config()))
+        validate(with_value(key, value, base_of(key)))
 
 
 @pytest.mark.parametrize(
@@ -325,7 +338,62 @@ def test_a_value_that_cannot_be_is_named(key: str, value: object, message: str) 
     ],
 )
 def test_the_last_value_that_can_be(key: str, value: object) -> None:
-    validate(with_value(key, value, Config()))
+    validate(with_value(key, value, base_of(key)))
+
+
+def base_of(key: str) -> Config:
+    """A rule that has every switch of solving."""
+    return Config(balance="min-norm" if key.startswith("solve.") else "marble")
+
+
+@pytest.mark.parametrize(
+    ("solve", "message"),
+    [
+        (SolveConfig(solver="cone", rho=0.5), r"no solve\.rho with solver cone"),
+        (SolveConfig(normalize=False, guard=0.0), r"no solve\.normalize/guard with solver prior"),
+        (SolveConfig(gram="halves"), r"no solve\.gram with solver prior, which looks at no gradient"),
+        (
+            SolveConfig(solver="min-norm", gradients="full", gram="halves"),
+            r"solve\.gradients signal with solve\.shrink",
+        ),
+        (SolveConfig(solver="min-norm", gradients="full", shrink=True), r"solve\.gradients signal with solve\.shrink"),
+        (
+            SolveConfig(solver="min-norm", gradients="full", step="moments"),
+            r"solve\.gradients signal where solve\.step",
+        ),
+    ],
+)
+def test_switches_that_contradict_each_other(solve: SolveConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(Config(solve=solve))
+
+
+@pytest.mark.parametrize(
+    "solve",
+    [
+        SolveConfig(solver="cone", gram="moment_halves", decay=0.9, refresh_every=1, prior=(1, 2, 3, 4, 5)),
+        SolveConfig(solver="min-norm", gram="moments", decay=0.95, refresh_every=1, metric="adam"),
+        SolveConfig(solver="min-norm", gram="halves", shrink=True, accumulate=4, prior=(1.0,) * 5),
+        SolveConfig(solver="cone", gram="consecutive", step="moments", decay=0.9),
+        SolveConfig(softmin=0.0),
+    ],
+)
+def test_switches_compose(solve: SolveConfig) -> None:
+    config = Config(solve=solve)
+    validate(config)
+    assert from_toml_text(to_toml(config)) == config
+
+
+def from_toml_text(text: str) -> Config:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.toml"
+        path.write_text(text, encoding="utf-8")
+        return from_toml(path, Config())
+
+
+def test_a_solver_of_ones_own_takes_no_other() -> None:
+    with pytest.raises(ConfigError, match=r"no solve\.solver with a rule of your own"):
+        validate(Config(balance="mine:own", solve=SolveConfig(solver="cone")))
 
 
 def test_a_file_of_prompts_does_not_depend_on_the_pool() -> None:
@@ -335,11 +403,15 @@ def test_a_file_of_prompts_does_not_depend_on_the_pool() -> None:
 @pytest.mark.parametrize("balance", ["weighted-sum", "uniform"])
 @pytest.mark.parametrize(
     ("switch", "value"),
-    [("gradients", "full"), ("normalize", True), ("rho", 0.7), ("guard", 0.5), ("amortize", "paper")],
+    [
+        *[("gradients", "full"), ("normalize", True), ("rho", 0.7), ("guard", 0.5), ("amortize", "paper")],
+        *[("solver", "cone"), ("gram", "halves"), ("decay", 0.5), ("accumulate", 2), ("shrink", True)],
+        *[("metric", "adam"), ("step", "moments"), ("prior", (1.0,) * 5), ("softmin", 1.0)],
+    ],
 )
 def test_a_rule_that_does_not_solve_takes_no_switch_of_solving(balance: str, switch: str, value: object) -> None:
     config = with_value(f"solve.{switch}", value, Config(balance=balance))
-    with pytest.raises(ConfigError, match=rf"no solve\.{switch} with balance {balance}, which has nothing to solve"):
+    with pytest.raises(ConfigError, match=rf"no solve\.{switch} with balance {balance}, which solves nothing"):
         validate(config)
 
 
@@ -354,10 +426,10 @@ def test_a_rule_that_does_not_solve_measures_cosines_as_told_and_has_no_tail(bal
 
 
 def test_raw_gradients_only_without_what_is_about_unit_ones() -> None:
-    validate(Config(solve=SolveConfig(normalize=False, guard=0.0)))
+    validate(Config(balance="min-norm", solve=SolveConfig(normalize=False, guard=0.0)))
     validate(Config(balance="marble-paper", solve=SolveConfig(normalize=False)))
     with pytest.raises(ConfigError, match=r"solve\.amortize paper for full gradients that are not normalized"):
-        validate(Config(solve=SolveConfig(gradients="full", normalize=False, guard=0.0)))
+        validate(Config(balance="min-norm", solve=SolveConfig(gradients="full", normalize=False, guard=0.0)))
 
 
 def test_weights_of_rewards_go_with_the_weighted_sum() -> None:

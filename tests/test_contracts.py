@@ -157,6 +157,8 @@ CASES: dict[str, Case] = {
     "project_simplex": Case(mc.project_simplex, lambda d, s: (rand(5, dtype=d, seed=s),), dtypes=HALF),
     "min_norm_weights": Case(mc.min_norm_weights, lambda d, s: (psd(d, s),), dtypes=HALF),
     "min_norm_gap": Case(mc.min_norm_gap, lambda d, s: (psd(d, s), rand(3, dtype=d, seed=s).softmax(0)), dtypes=HALF),
+    # cone
+    "cone_weights": Case(mc.cone_weights, lambda d, s: (psd(d, s), unit(3, dtype=d, seed=s)), dtypes=HALF),
     # harmonize
     "harmonize": Case(mc.harmonize, lambda d, s: (psd(d, s),), dtypes=HALF),
     # ema

@@ -32,13 +32,17 @@ ORDER = (
     "rollout",
     "live",
     "report",
+    "estimate",
     "balance",
+    "progress",
     "evaluate",
+    "batch",
     "state",
     "plan",
     "train",
     "experiments.controls",
     "experiments.demo",
+    "experiments.diagnose",
     "__main__",
 )
 

@@ -40,7 +40,7 @@ def records(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 
 def without_times(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in records(run)]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "cpu_seconds")} for r in records(run)]
 
 
 def final_state(run: Path) -> dict[str, Any]:

@@ -1,0 +1,98 @@
+"""Where a solver has no say: weights from measured gains, and the way back to a prior where there is no signal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from marble_core._check import describe, has_readable_values, require, require_float, require_range
+
+
+def soft_min_weights(gain: Tensor, prior: Tensor, strength: float) -> Tensor:
+    """Weights of the K gradients whose sum is the gradient of the soft minimum of the gains.
+
+    With ``F = -1/strength log sum_k prior_k exp(-strength gain_k)`` and ``grad gain_k = g_k``, the gradient of F is
+    ``sum_k w_k g_k`` with ``w_k`` proportional to ``prior_k exp(-strength gain_k)``. F lies between the smallest gain
+    and that plus ``log(1/prior_k)/strength`` (of the smallest), and strength 0 gives the prior's weighted mean: a step
+    along ``sum_k w_k g_k`` raises the rewards that lag. The weights depend on what was measured before the batch, so
+    that ``E[sum_k w_k g_k]`` is exactly that gradient however noisy the ``g_k`` are.
+
+    Args:
+        gain: ``[..., K]``, how far each reward has come, in units that can be compared (standard deviations). NaN
+            where it is not known: that reward counts as the prior's mean of the known ones.
+        prior: ``[..., K]`` or ``[K]``, non-negative; need not sum to 1.
+        strength: at least 0, in units of 1 / gain. A reward that is ``1/strength`` ahead of another has 1/e of its
+            share.
+
+    Returns:
+        ``[..., K]`` on the simplex, in the dtype of ``gain``. All NaN for an item whose prior is all 0.
+
+    Raises:
+        ValueError: ``prior`` has another K or negative entries, or ``strength`` is negative or not finite.
+
+    Example:
+        >>> soft_min_weights(torch.tensor([0.0, 0.5]), torch.tensor([0.5, 0.5]), 2.0)
+        tensor([0.7311, 0.2689])
+
+    Reference: tilted empirical risk (Li et al., ICLR 2021), smooth Tchebycheff scalarization (Lin et al., ICML 2024);
+    docs/design/0003-noise.md.
+    """
+    require_float("gain", gain, "[..., K]", range(1, 65))
+    _require_prior(prior, gain.shape[-1])
+    require_range("strength", strength, 0.0, 1e9)
+    g, p = gain.detach().double(), prior.detach().double()
+    known = ~g.isnan()
+    mass = (p * known).sum(-1, keepdim=True)
+    mean = torch.where(known, p * g, 0.0).sum(-1, keepdim=True) / torch.where(mass > 0, mass, 1.0)
+    g = torch.where(known, g, mean)
+    return torch.softmax(p.log() - strength * g, dim=-1).to(gain.dtype)
+
+
+def shrink_to_prior(weights: Tensor, prior: Tensor, signal: Tensor, standard_error: Tensor) -> Tensor:
+    """Move each reward's share towards its prior's, as far as its signal cannot be told from zero.
+
+    With ``z_k = signal_k / standard_error_k``, a reward keeps ``a_k = max(0, 1 - 1/z_k^2)`` of its weight (the
+    positive-part James-Stein factor of one estimate) and the prior gives the rest:
+    ``a_k w_k + (1 - a_k) prior_k``. At or below one standard error, or where the error is not known, it is the
+    prior's alone. The result is not normalized: of weights and a prior on the simplex it sums to about 1.
+
+    Args:
+        weights: ``[..., K]``: what a solver found.
+        prior: ``[..., K]`` or ``[K]``, non-negative, in the units of ``weights``.
+        signal: ``[..., K]``, unbiased estimates of ``|s_k|^2`` or of signal shares; may be negative.
+        standard_error: ``[..., K]``, of ``signal``; NaN or infinite counts as unknown.
+
+    Returns:
+        ``[..., K]`` in the dtype of ``weights``.
+
+    Raises:
+        ValueError: shapes differ, or ``prior`` has negative entries.
+
+    Example:
+        >>> shrink_to_prior(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]),
+        ...                 torch.tensor([2.0, 0.1]), torch.tensor([1.0, 1.0]))
+        tensor([0.8750, 0.5000])
+
+    Reference: James and Stein (1961); docs/design/0003-noise.md.
+    """
+    require_float("weights", weights, "[..., K]", range(1, 65))
+    K = weights.shape[-1]
+    _require_prior(prior, K)
+    for name, x in (("signal", signal), ("standard_error", standard_error)):
+        require_float(name, x, "[..., K]", range(1, 65))
+        require(x.shape[-1] == K, name, f"K = {K} entries, as weights has", describe(x))
+    w, p = weights.detach().double(), prior.detach().double()
+    s, error = signal.detach().double(), standard_error.detach().double()
+    sure = (s > error) & error.isfinite()
+    ratio = torch.where(sure, error / torch.where(sure, s, 1.0), 1.0)
+    a = 1.0 - ratio.square()
+    return torch.where(a > 0, a * w + (1.0 - a) * p, p).to(weights.dtype)
+
+
+def _require_prior(prior: Tensor, K: int) -> None:
+    """Raise unless ``prior`` has K non-negative entries."""
+    require_float("prior", prior, "[..., K]", range(1, 65))
+    require(prior.shape[-1] == K, "prior", f"K = {K} entries", describe(prior))
+    if has_readable_values(prior):
+        ok = bool((prior >= 0).all()) and bool(prior.isfinite().all())
+        require(ok, "prior", "finite entries of at least 0", prior.tolist())

@@ -1,0 +1,381 @@
+"""How much of each reward's gradient is signal, and what each rule makes of it, as the rows behind a solve grow."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from marble_core import min_norm_weights, psd_part, soft_min_weights
+from reference import checkpoint
+from reference.balance import Step, all_rows, init_balance, signal_weights, solve
+from reference.base import Base, load_base
+from reference.batch import advantages, sample_epoch, step_rows
+from reference.config import Config, Rule, SolveConfig, rule_of, training_times
+from reference.errors import ConfigError
+from reference.estimate import Signal
+from reference.policy import Policy, add_lora, load_adapter
+from reference.progress import Progress, gains_of
+from reference.prompts import world_prompts
+from reference.scoring import Reward
+from reference.train import prepare
+from reference.validation import validate
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Indices = np.ndarray[Any, np.dtype[np.int64]]
+_BLOCKS = 10  # of the jackknife
+_PARTITIONS = 8  # of the training units into batches
+_OTHER_SEED = 1000  # so that no unit is one that the run was trained on
+_PENS = [(color, dash) for dash in ("solid", "dashed") for color in ("#000000", "#0072b2", "#d55e00", "#009e73")]
+
+# Rules by label: a direction from the rows of a batch. The first two have nothing to solve.
+RULES: dict[str, tuple[str, SolveConfig]] = {
+    "weighted-sum": ("weighted-sum", SolveConfig()),
+    "uniform": ("uniform", SolveConfig()),
+    "marble-paper": ("marble-paper", SolveConfig()),
+    "min-norm": ("min-norm", SolveConfig()),
+    "min-norm, halves": ("min-norm", SolveConfig(gram="halves", shrink=True)),
+    "raw min-norm, halves": ("min-norm", SolveConfig(gram="halves", normalize=False, guard=0.0)),
+    "cone": ("marble", SolveConfig(solver="cone", softmin=0.0)),
+    "marble": ("marble", SolveConfig()),
+}
+
+
+class Bank(NamedTuple):
+    """Inner products between the gradients of many independent units, a unit being the images of one prompt.
+
+    Attributes:
+        gram: ``[U, K + 2, U, K + 2]``: the K rewards' signal gradients, the weighted sum's, and the shared part's.
+        training: number of units from training prompts; the others are from held-out prompts.
+        rows: of a unit.
+        gains: ``[K]``, of the rewards so far, as the run knew them; NaN at the base policy.
+    """
+
+    gram: Array
+    training: int
+    rows: int
+    gains: Tensor
+
+
+class Point(NamedTuple):
+    """One rule at one number of rows: means ``[K]`` and standard errors over batches that share no unit.
+
+    Attributes:
+        rows: behind a solve.
+        batches: number of batches.
+        share: of each reward in the coefficients.
+        share_sd: its spread from batch to batch.
+        same: cosines with the batch's own gradients.
+        next: cosines with another batch's, NaN where there is only one.
+        held_out: cosines with the gradients of all held-out prompts.
+        gain: of each reward on held-out prompts for a step of unit length, over the best that any direction could do
+            for the worst reward.
+        gain_error: its standard error.
+        minima: mean of the smallest same-batch and next-batch cosine.
+    """
+
+    rows: int
+    batches: int
+    share: Array
+    share_sd: Array
+    same: Array
+    next: Array
+    held_out: Array
+    gain: Array
+    gain_error: Array
+    minima: tuple[float, float]
+
+
+def diagnose(config: Config, *, run: Path | None, units: int, held_out: int, sketch: int, folder: Path) -> str:
+    """Collect gradients at the base policy, or at the last checkpoint of a run, and write tables and a figure.
+
+    Args:
+        config: of the run, or a preset.
+        run: folder whose newest checkpoint is examined; None for the base policy.
+        units: prompts' groups of training prompts, one a unit.
+        held_out: of held-out prompts.
+        sketch: dimensions of a random sketch of the gradients, 0 for none: where they do not fit into memory.
+        folder: for ``bank.pt`` (used again if it is there), ``diagnose.md``, ``diagnose.json`` and ``diagnose.svg``.
+
+    Returns:
+        The text of ``diagnose.md``.
+    """
+    validate(config)
+    least = 4 if units < 4 else 2 * _BLOCKS if held_out < 2 * _BLOCKS else 0
+    if least:
+        name, got = ("units", units) if units < 4 else ("held_out", held_out)
+        raise ConfigError(f"{name}: expected at least {least} groups of images, got {got}.")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    key = f"{config} {run} {units} {held_out} {sketch}"
+    saved = torch.load(folder / "bank.pt", weights_only=True) if (folder / "bank.pt").exists() else {}
+    if saved.get("key") != key:
+        saved = _collect(config, run, units, held_out, sketch) | {"key": key}
+        torch.save(saved, folder / "bank.pt")
+    bank = Bank(saved["gram"].numpy(), units, saved["rows"], saved["gains"])
+    names = list(config.rewards)
+    signal = signal_of(bank, len(names))
+    table = {label: curve(bank, label, config, signal.best) for label in RULES}
+    text = _tables(bank, names, signal, table, run)
+    (folder / "diagnose.md").write_text(text + "\n", encoding="utf-8")
+    plain = {label: [point._asdict() for point in points] for label, points in table.items()}
+    data = {"rewards": names, "signal": signal._asdict(), "rules": plain, "unit_rows": bank.rows}
+    (folder / "diagnose.json").write_text(json.dumps(data, default=np.ndarray.tolist, indent=1), encoding="utf-8")
+    _plot(names, table).savefig(folder / "diagnose.svg", metadata={"Date": None})
+    return text
+
+
+def _collect(config: Config, run: Path | None, units: int, held_out: int, sketch: int) -> dict[str, Any]:
+    """Gradients of all units at one policy, as inner products."""
+    rewards, _, pool = prepare(config)
+    base = load_base(config.model.base)
+    m = config.model
+    policy = add_lora(base.transformer, rank=m.lora_rank, alpha=m.lora_alpha, targets=m.lora_targets, seed=config.seed)
+    gains = torch.full((len(rewards),), torch.nan, dtype=torch.float64)
+    if run is not None:
+        state = checkpoint.latest(run / "checkpoints")
+        if state is None:
+            raise ConfigError(f"run: {run} has no checkpoint. Train it first, or diagnose a preset's base policy.")
+        load_adapter(policy, "default", state["default"])
+        load_adapter(policy, "old", state["old"])
+        gains = gains_of(Progress(*state["progress"]))
+    unseen = world_prompts(config.log.eval_prompts, 0, held_out=True)
+    blocks = [
+        _units(policy, base, rewards, prompts, config, count, sketch)
+        for prompts, count in ((pool, units), (unseen, held_out))
+    ]
+    matrix = torch.cat(blocks)
+    U, R = matrix.shape[:2]
+    flat, gram = matrix.flatten(0, 1), torch.zeros(U * R, U * R, dtype=torch.float64)
+    for start in range(0, flat.shape[1], 1 << 14):
+        x = flat[:, start : start + (1 << 14)].double()
+        gram += x @ x.mT
+    J = config.loss.timesteps_per_image or training_times(config)
+    rows = config.rollout.images_per_prompt * J
+    return {"gram": gram.reshape(U, R, U, R), "rows": rows, "gains": gains}
+
+
+def _units(
+    policy: Policy,
+    base: Base,
+    rewards: Mapping[str, Reward],
+    prompts: Sequence[str],
+    config: Config,
+    count: int,
+    sketch: int,
+) -> Tensor:
+    """Gradients of ``count`` units ``[count, K + 2, P]``, from epochs of their own."""
+    config = dataclasses.replace(config, seed=config.seed + _OTHER_SEED)
+    n, rule, found = (
+        config.rollout.images_per_prompt,
+        rule_of(dataclasses.replace(config, balance="weighted-sum", solve=SolveConfig())),
+        [],
+    )
+    balance = init_balance(len(rewards), rule, {})
+    prior = torch.full((len(rewards),), 1 / len(rewards), dtype=torch.float64)
+    weigh = signal_weights(rule, balance, config.loss.a_max, Step(True, False, False, prior, None, None))
+    for epoch in itertools.count():
+        rollout = sample_epoch(policy, base, rewards, prompts, config, epoch)
+        A, A_sum = advantages(rollout.scores, config)
+        for unit in range(config.rollout.prompts_per_epoch):
+            index = torch.arange(unit * n, (unit + 1) * n)
+            rows = step_rows(base, rollout, A, A_sum, index, config, epoch, unit)
+            h, shared, _ = all_rows(policy, rows, rule, config.loss, weigh, config.optim.micro_batch)
+            row = torch.cat([torch.cat([h[name].flatten(1), shared[name].flatten()[None]]) for name in h], dim=1)
+            found.append(_sketched(row, sketch))
+            if len(found) == count:
+                return torch.stack(found)
+        print(f"{len(found)} of {count} units", flush=True)
+    raise AssertionError
+
+
+def _sketched(rows: Tensor, D: int) -> Tensor:
+    """Count sketch: each entry with a random sign into one of ``D`` sums, which keeps inner products in expectation."""
+    if D == 0:
+        return rows
+    g = torch.Generator().manual_seed(0)
+    place, sign = torch.randint(D, (rows.shape[1],), generator=g), torch.randint(2, (rows.shape[1],), generator=g)
+    return torch.zeros(rows.shape[0], D).index_add_(1, place, rows.cpu() * (2 * sign - 1))
+
+
+class SignalTable(NamedTuple):
+    """Signals of the K rewards at a policy, from pairs of units, with standard errors by the jackknife.
+
+    Attributes:
+        share: of a unit's squared gradient norm that is signal.
+        share_error: its error.
+        half_rows: rows at which a gradient is half signal.
+        cosines: of the signals, ``[K, K]``.
+        cosines_error: their errors.
+        best: largest gain of the worst reward for a step of unit length, from the signals' Gram.
+    """
+
+    share: Array
+    share_error: Array
+    half_rows: Array
+    cosines: Array
+    cosines_error: Array
+    best: float
+
+
+def signal_of(bank: Bank, K: int) -> SignalTable:
+    """Unbiased signal shares and cosines, training and held-out prompts together."""
+    U = bank.gram.shape[0]
+    own = np.stack([bank.gram[u, :K, u, :K] for u in range(U)])
+
+    def estimates(keep: Indices) -> tuple[Array, Array]:
+        total = bank.gram[keep][:, :K][:, :, keep][:, :, :, :K].sum((0, 2))
+        S = (total - own[keep].sum(0)) / (len(keep) * (len(keep) - 1))
+        s = np.sqrt(np.maximum(S.diagonal(), 1e-300))
+        return np.concatenate([[S.diagonal() / own[keep].mean(0).diagonal()], S / s / s[:, None]]), S
+
+    value, S = estimates(np.arange(U))
+    left_out = np.array_split(np.random.default_rng(0).permutation(U), _BLOCKS)
+    again = np.stack([estimates(np.setdiff1d(np.arange(U), block))[0] for block in left_out])
+    error = _jackknife(again)
+    psd = psd_part(torch.from_numpy(S))
+    w = min_norm_weights(psd)
+    share = value[0]
+    half = bank.rows * (1 - share) / np.where(share > 0, share, np.nan)
+    return SignalTable(share, error[0], half, value[1:], error[1:], float((w @ psd @ w).clamp(min=0).sqrt()))
+
+
+def _jackknife(values: Array) -> Array:
+    """Standard error from estimates that leave one block out each ``[blocks, ...]``."""
+    n = len(values)
+    error: Array = np.sqrt((n - 1) / n * np.square(values - values.mean(0)).sum(0))
+    return error
+
+
+def curve(bank: Bank, label: str, config: Config, best: float) -> list[Point]:
+    """One rule at growing numbers of units behind a solve."""
+    name, switches = RULES[label]
+    rule = rule_of(dataclasses.replace(config, balance=name, solve=switches))
+    K = len(config.rewards)
+    gains = bank.gains
+    prior = soft_min_weights(gains, torch.tensor(rule.prior or [1.0] * K, dtype=torch.float64), rule.softmin)
+    sizes = [2**i for i in range(1, 20) if 2 ** (i + 1) <= bank.training] + [bank.training // 2]
+    return [_point(bank, rule, prior, n, K, best) for n in dict.fromkeys(sizes)]
+
+
+def _point(bank: Bank, rule: Rule, prior: Tensor, n: int, K: int, best: float) -> Point:
+    """One rule with ``n`` units a solve, over batches that share no unit, in several random partitions."""
+    M, U = bank.training, bank.gram.shape[0]
+    blocks = np.array_split(np.arange(M, U), _BLOCKS)
+    everywhere = [np.arange(M, U)] + [np.setdiff1d(np.arange(M, U), block) for block in blocks]
+    held = np.stack([bank.gram[:M][:, :, keep].mean(2)[:, :, :K] for keep in everywhere])  # [1 + blocks, M, R, K]
+    length = np.sqrt(bank.gram[M:, :, M:].mean((0, 2)).diagonal()[:K])
+    rng, found = np.random.default_rng(n), []
+    for _ in range(_PARTITIONS):
+        groups = rng.permutation(M)[: M // n * n].reshape(-1, n)
+        for i, g in enumerate(groups):
+            x = direction(bank, rule, prior, g, K)
+            H = bank.gram[g][:, :, g].mean((0, 2))
+            norm = math.sqrt(max(x @ H @ x, 1e-300))
+            other = groups[(i + 1) % len(groups)]
+            cross = bank.gram[g][:, :, other].mean((0, 2))
+            other_norm = np.sqrt(bank.gram[other][:, :, other].mean((0, 2)).diagonal()[:K])
+            after = x @ cross[:, :K] / norm / other_norm if len(groups) > 1 else np.full(K, np.nan)
+            gain = np.einsum("r,jrk->jk", x, held[:, g].mean(1)) / norm
+            same = x @ H[:, :K] / norm / np.sqrt(H.diagonal()[:K])
+            found.append((x[:K] / max(np.abs(x[:K]).sum(), 1e-300), same, after, gain))
+    share, same, after = (np.stack([f[i] for f in found]) for i in range(3))
+    gain = np.stack([f[3] for f in found])  # [batches, 1 + blocks, K]
+    spread = gain[:, 0].std(0, ddof=1) / math.sqrt(M // n)  # partitions share their units: they count once
+    error = np.hypot(spread, _jackknife(gain.mean(0)[1:])) / best
+    return Point(
+        n * bank.rows, M // n, share.mean(0), share.std(0), same.mean(0), after.mean(0),
+        gain[:, 0].mean(0) / length, gain[:, 0].mean(0) / best, error,
+        (float(same.min(1).mean()), float(after.min(1).mean())),
+    )  # fmt: skip
+
+
+def direction(bank: Bank, rule: Rule, prior: Tensor, units: Indices, K: int) -> Array:
+    """Coefficients ``[K + 2]`` of a rule's direction, from the units of a batch, over their mean gradients."""
+    x = np.zeros(K + 2)
+    x[K + 1] = 1.0
+    if rule.kind != "solve":
+        x[:K], x[K] = (1 / K, 0.0) if rule.kind == "uniform" else (0.0, 1.0)
+        return x
+    H = bank.gram[units][:, :, units].mean((0, 2))
+    a, b = units[: len(units) // 2], units[len(units) // 2 :]
+    pairs = bank.gram[a][:, :K][:, :, b][:, :, :, :K]
+    C = pairs.mean((0, 2))
+    h = H[:K, :K]
+    if rule.gradients == "full":
+        h = h + H[:K, K + 1 :] + H[K + 1 :, :K] + H[K + 1, K + 1]
+    gram = psd_part(torch.from_numpy(C)) if rule.gram in ("halves", "moment_halves") else torch.from_numpy(h)
+    square = torch.from_numpy(C.diagonal().copy())
+    scatter = np.einsum("ikjk->ijk", pairs).std((0, 1)) / math.sqrt(len(a) * len(b))
+    nothing = torch.full((K,), torch.nan, dtype=torch.float64)
+    c = solve(rule, Signal(gram, square, torch.from_numpy(scatter), nothing, nothing, None), prior).coefficients.numpy()
+    x[:K] = c
+    if rule.gradients == "full":
+        x[K + 1] = c.sum()
+    return x
+
+
+def _tables(
+    bank: Bank, names: Sequence[str], signal: SignalTable, table: Mapping[str, list[Point]], run: Path | None
+) -> str:
+    """Everything as Markdown."""
+    where = f"the last checkpoint of `{run.name}`" if run is not None else "the base policy"
+    U, head = bank.gram.shape[0], " | ".join(names)
+    lines = [
+        f"Gradients of {bank.training} groups of training prompts and {U - bank.training} of held-out prompts at "
+        f"{where}, {bank.rows} rows a group.\n",
+        "| reward | signal share of one group | rows for a share of 1/2 |\n|---|---|---|",
+    ]
+    for k, name in enumerate(names):
+        sure = signal.share[k] > 2 * signal.share_error[k]
+        half = f"{signal.half_rows[k]:,.0f}" if sure else "not told from never"
+        lines.append(f"| {name} | {signal.share[k]:.4f} ± {signal.share_error[k]:.4f} | {half} |")
+    lines.append(f"\nCosines of the signals:\n\n| | {head} |\n|---|{'---|' * len(names)}")
+    for k, name in enumerate(names):
+        cells = [f"{c:+.2f} ± {e:.2f}" for c, e in zip(signal.cosines[k], signal.cosines_error[k], strict=True)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines.append(
+        "\nHeld-out gain of every reward for a step of unit length, over the best that any direction could do for the "
+        "worst\nreward (1 is that best), ± one standard error; minimum cosines, where pure noise gives "
+        f"{1 / math.sqrt(len(names)):.3f} on the same batch and less than 0 on the next.\n\n"
+        f"| rule | rows a solve | {head} | worst | min cos, same batch | min cos, next batch | coefficients |\n"
+        f"|---|---|{'---|' * len(names)}---|---|---|---|"
+    )
+    for label, points in table.items():
+        for p in points:
+            gains = " | ".join(f"{g:+.2f} ± {e:.2f}" for g, e in zip(p.gain, p.gain_error, strict=True))
+            shares = ", ".join(f"{s:.2f} ± {d:.2f}" for s, d in zip(p.share, p.share_sd, strict=True))
+            cosines = " | ".join("-" if math.isnan(c) else f"{c:+.3f}" for c in p.minima)
+            lines.append(f"| {label} | {p.rows:,} | {gains} | {p.gain.min():+.2f} | {cosines} | {shares} |")
+    return "\n".join(lines)
+
+
+def _plot(names: Sequence[str], table: Mapping[str, list[Point]]) -> Figure:
+    """Worst held-out gain, and the minimum cosines on the same and on the next batch, against rows a solve."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for (label, points), (color, dash) in zip(table.items(), _PENS, strict=False):
+        x = [p.rows for p in points]
+        worst = np.array([(p.gain[k := int(p.gain.argmin())], p.gain_error[k]) for p in points]).T
+        left.plot(x, worst[0], color=color, linestyle=dash, label=label)
+        left.fill_between(x, worst[0] - 1.96 * worst[1], worst[0] + 1.96 * worst[1], color=color, alpha=0.12, lw=0)
+        middle.plot(x, [p.minima[0] for p in points], color=color, linestyle=dash)
+        right.plot(x, [p.minima[1] for p in points], color=color, linestyle=dash)
+    middle.axhline(1 / math.sqrt(len(names)), color="0.4", lw=0.8, ls=":")
+    titles = ("held-out gain of the worst reward", "minimum cosine, same batch", "minimum cosine, next batch")
+    for axes, title in zip((left, middle, right), titles, strict=True):
+        axes.axhline(0, color="0.6", lw=0.8)
+        axes.set(xscale="log", xlabel="rows a solve", title=title)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    return figure

@@ -1,0 +1,103 @@
+"""Soft minimum and shrinkage: hand values, what they are the gradient of, and degenerate input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from marble_core import shrink_to_prior, soft_min_weights
+
+UNIFORM = torch.full((3,), 1 / 3, dtype=torch.float64)
+
+
+def soft_minimum(gain: Tensor, prior: Tensor, strength: float) -> Tensor:
+    return -torch.logsumexp(prior.log() - strength * gain, -1) / strength
+
+
+def test_the_weights_are_the_gradient_of_the_soft_minimum() -> None:
+    gain = torch.tensor([0.3, -0.2, 1.1], dtype=torch.float64, requires_grad=True)
+    prior = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(soft_minimum(gain, prior, 4.0), gain)
+    torch.testing.assert_close(soft_min_weights(gain, prior, 4.0), gradient, rtol=1e-12, atol=0)
+
+
+def test_hand_values() -> None:
+    w = soft_min_weights(torch.tensor([0.0, math.log(2.0), math.log(4.0)], dtype=torch.float64), UNIFORM, 1.0)
+    torch.testing.assert_close(w, torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64) / 7)
+
+
+def test_no_strength_is_the_prior_and_a_great_one_the_worst_reward() -> None:
+    gain, prior = torch.tensor([0.3, -0.2, 1.1]), torch.tensor([1.0, 2.0, 5.0])
+    torch.testing.assert_close(soft_min_weights(gain, prior, 0.0), prior / 8)
+    assert soft_min_weights(gain, prior, 1e6).tolist() == [0.0, 1.0, 0.0]
+
+
+def test_unknown_gains_count_as_the_mean_of_the_known() -> None:
+    nan = math.nan
+    assert soft_min_weights(torch.tensor([nan, nan, nan]).double(), UNIFORM, 3.0).tolist() == UNIFORM.tolist()
+    found = soft_min_weights(torch.tensor([0.2, nan, 0.6]).double(), UNIFORM, 3.0)
+    torch.testing.assert_close(found, soft_min_weights(torch.tensor([0.2, 0.4, 0.6]).double(), UNIFORM, 3.0))
+
+
+def test_a_reward_without_prior_never_gets_weight_and_sets_no_mean() -> None:
+    prior = torch.tensor([0.0, 0.5, 0.5])
+    w = soft_min_weights(torch.tensor([-9.0, 0.4, math.nan]), prior, 5.0)
+    torch.testing.assert_close(w, prior)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_soft_minimum_is_near_the_minimum(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    gain, strength = torch.randn(5, generator=g, dtype=torch.float64), 0.5 + 10 * float(torch.rand((), generator=g))
+    F = float(soft_minimum(gain, torch.full((5,), 0.2, dtype=torch.float64), strength))
+    assert float(gain.min()) - 1e-12 <= F <= float(gain.min()) + math.log(5) / strength + 1e-12
+
+
+def test_a_common_shift_of_the_gains_changes_nothing() -> None:
+    gain = torch.tensor([0.3, -0.2, 1.1], dtype=torch.float64)
+    torch.testing.assert_close(soft_min_weights(gain + 7, UNIFORM, 2.0), soft_min_weights(gain, UNIFORM, 2.0))
+
+
+def test_ascending_the_soft_minimum_raises_the_reward_that_lags() -> None:
+    """Two opposed rewards of different slopes: the sum gives one up, the soft minimum holds both at one level."""
+    ends = {}
+    for strength in (0.0, 10.0):
+        theta = torch.zeros(2, dtype=torch.float64)
+        slopes = torch.tensor([[3.0, 1.0], [-1.0, 1.0]], dtype=torch.float64)
+        for _ in range(200):
+            w = soft_min_weights(slopes @ theta, torch.ones(2, dtype=torch.float64), strength)
+            theta = theta + 0.01 * w @ slopes
+        ends[strength] = slopes @ theta
+    assert float(ends[0.0].min()) < 0.1 < float(ends[10.0].min())
+
+
+def test_shrinking_by_hand() -> None:
+    w, prior = torch.tensor([0.8, 0.2, 0.0]).double(), torch.tensor([1.0, 1.0, 2.0]).double()
+    signal, error = torch.tensor([2.0, 1.0, -5.0]).double(), torch.ones(3).double()
+    a = torch.tensor([0.75, 0.0, 0.0]).double()
+    torch.testing.assert_close(shrink_to_prior(w, prior / 4, signal, error), a * w + (1 - a) * prior / 4)
+
+
+def test_sure_signals_keep_their_weights_and_noise_gets_the_prior() -> None:
+    w, prior = torch.tensor([0.7, 0.3]), torch.tensor([0.5, 0.5])
+    torch.testing.assert_close(shrink_to_prior(w, prior, torch.ones(2), torch.full((2,), 1e-9)), w)
+    torch.testing.assert_close(shrink_to_prior(w, prior, torch.zeros(2), torch.zeros(2)), prior)
+    for unknown in (math.nan, math.inf):
+        torch.testing.assert_close(shrink_to_prior(w, prior, torch.ones(2), torch.full((2,), unknown)), prior)
+
+
+def test_bad_input_is_named() -> None:
+    two, three = torch.ones(2), torch.ones(3)
+    with pytest.raises(ValueError, match=r"prior: expected K = 3 entries"):
+        soft_min_weights(three, two, 1.0)
+    with pytest.raises(ValueError, match=r"prior: expected finite entries of at least 0"):
+        soft_min_weights(two, torch.tensor([1.0, -1.0]), 1.0)
+    with pytest.raises(ValueError, match="strength"):
+        soft_min_weights(two, two, -1.0)
+    with pytest.raises(ValueError, match="signal: expected K = 2"):
+        shrink_to_prior(two, two, three, two)
+    with pytest.raises(ValueError, match="prior"):
+        shrink_to_prior(two, -two, two, two)
