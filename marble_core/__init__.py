@@ -1,7 +1,7 @@
 """Multi-reward balancing for diffusion RL: one advantage and one gradient per reward, one direction that improves all.
 
 Pure functions on tensors and pytrees, torch only. By topic: ``advantages``, ``nft``, ``gradients``, ``gram``,
-``noise``, ``simplex``, ``harmonize``, ``ema``, ``diagnostics``.
+``noise``, ``simplex``, ``cone``, ``prior``, ``harmonize``, ``ema``, ``diagnostics``.
 """
 
 from marble_core.advantages import (

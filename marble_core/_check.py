@@ -73,3 +73,12 @@ def has_readable_values(x: Tensor) -> bool:
     if type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
         return False
     return not (torch._C._functorch.is_functorch_wrapped_tensor(x) or x.is_meta)
+
+
+def require_prior(prior: Tensor, K: int) -> None:
+    """Raise unless ``prior`` has K non-negative entries."""
+    require_float("prior", prior, "[..., K]", range(1, 65))
+    require(prior.shape[-1] == K, "prior", f"K = {K} entries, one a reward", describe(prior))
+    if has_readable_values(prior):
+        ok = bool(((prior >= 0) & prior.isfinite()).all())
+        require(ok, "prior", "finite entries of at least 0", prior.tolist(), "0 is a reward without a say.")

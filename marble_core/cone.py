@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from marble_core._check import describe, has_readable_values, require, require_float, require_gram
+from marble_core._check import has_readable_values, require, require_gram, require_prior
 from marble_core._min_norm import _EPS, ENUMERATED, _active_set, _flat
 
 
@@ -49,13 +49,9 @@ def cone_weights(gram: Tensor, prior: Tensor) -> Tensor:
     who project each gradient and average; Lawson and Hanson (1974), ch. 23; docs/design/0003-noise.md.
     """
     require_gram("gram", gram)
-    require_float("prior", prior, "[..., K]", range(1, 65))
     K = gram.shape[-1]
-    require(prior.shape[-1] == K, "prior", f"K = {K} entries, as gram has", describe(prior))
+    require_prior(prior, K)
     G, p = gram.detach().double(), prior.detach().double()
-    if has_readable_values(p):
-        ok = bool(((p >= 0) & p.isfinite()).all())
-        require(ok, "prior", "finite entries of at least 0", prior.tolist(), "0 is a reward without a say.")
     p = p + torch.zeros_like(G[..., 0])  # broadcast
     G = G.expand(*p.shape, K)
     if has_readable_values(p):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from marble_core._check import describe, has_readable_values, require, require_float, require_range
+from marble_core._check import describe, require, require_float, require_prior, require_range
 
 
 def soft_min_weights(gain: Tensor, prior: Tensor, strength: float) -> Tensor:
@@ -38,7 +38,7 @@ def soft_min_weights(gain: Tensor, prior: Tensor, strength: float) -> Tensor:
     docs/design/0003-noise.md.
     """
     require_float("gain", gain, "[..., K]", range(1, 65))
-    _require_prior(prior, gain.shape[-1])
+    require_prior(prior, gain.shape[-1])
     require_range("strength", strength, 0.0, 1e9)
     g, p = gain.detach().double(), prior.detach().double()
     known = ~g.isnan()
@@ -77,7 +77,7 @@ def shrink_to_prior(weights: Tensor, prior: Tensor, signal: Tensor, standard_err
     """
     require_float("weights", weights, "[..., K]", range(1, 65))
     K = weights.shape[-1]
-    _require_prior(prior, K)
+    require_prior(prior, K)
     for name, x in (("signal", signal), ("standard_error", standard_error)):
         require_float(name, x, "[..., K]", range(1, 65))
         require(x.shape[-1] == K, name, f"K = {K} entries, as weights has", describe(x))
@@ -87,12 +87,3 @@ def shrink_to_prior(weights: Tensor, prior: Tensor, signal: Tensor, standard_err
     ratio = torch.where(sure, error / torch.where(sure, s, 1.0), 1.0)
     a = 1.0 - ratio.square()
     return torch.where(a > 0, a * w + (1.0 - a) * p, p).to(weights.dtype)
-
-
-def _require_prior(prior: Tensor, K: int) -> None:
-    """Raise unless ``prior`` has K non-negative entries."""
-    require_float("prior", prior, "[..., K]", range(1, 65))
-    require(prior.shape[-1] == K, "prior", f"K = {K} entries", describe(prior))
-    if has_readable_values(prior):
-        ok = bool((prior >= 0).all()) and bool(prior.isfinite().all())
-        require(ok, "prior", "finite entries of at least 0", prior.tolist())

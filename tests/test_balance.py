@@ -332,8 +332,6 @@ def test_the_cone_is_the_projection_of_the_priors_direction(policy: Policy, rows
     assert_trees(first.gradient, expected, tol=1e-4)
     later = take(policy, opposed, cone, prior=prior, balance=first.balance, refresh=False)
     assert_trees(later.gradient, expected, tol=1e-4)
-        take(policy, opposed, cone, prior=prior, balance=first.balance, refresh=False).gradient, expected, 1e-4
-    )
     for k in range(K):
         d = flat(first.gradient) - flat(prox)
         assert float(d @ flat(h[k])) > -1e-5 * float(d.norm() * flat(h[k]).norm())

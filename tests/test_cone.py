@@ -201,7 +201,10 @@ def test_inputs_are_unmutated_and_no_gradient_flows() -> None:
         ),
         (lambda: cone_weights(torch.ones(2, 2).long(), torch.ones(2)), r"gram: .* got int64\[2, 2\]"),
         (lambda: cone_weights(torch.eye(2), torch.tensor([1, 2])), "prior: expected a floating-point tensor"),
-        (lambda: cone_weights(torch.eye(2), torch.ones(3)), r"prior: expected K = 2 entries, as gram has, got float32"),
+        (
+            lambda: cone_weights(torch.eye(2), torch.ones(3)),
+            r"prior: expected K = 2 entries, one a reward, got float32",
+        ),
         (lambda: cone_weights(torch.eye(2), torch.tensor([1.0, -0.5])), r"got \[1.0, -0.5\]. 0 is a reward"),
         (lambda: cone_weights(torch.eye(2), torch.tensor([1.0, math.nan])), "prior: expected finite entries"),
         (lambda: cone_weights(torch.eye(2), torch.tensor([1.0, math.inf])), "prior: expected finite entries"),

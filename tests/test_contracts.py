@@ -159,6 +159,21 @@ CASES: dict[str, Case] = {
     "min_norm_gap": Case(mc.min_norm_gap, lambda d, s: (psd(d, s), rand(3, dtype=d, seed=s).softmax(0)), dtypes=HALF),
     # cone
     "cone_weights": Case(mc.cone_weights, lambda d, s: (psd(d, s), unit(3, dtype=d, seed=s)), dtypes=HALF),
+    # prior
+    "soft_min_weights": Case(
+        lambda gain, prior: mc.soft_min_weights(gain, prior, 2.0),
+        lambda d, s: (rand(3, dtype=d, seed=s), unit(3, dtype=d, seed=s)),
+        dtypes=HALF,
+    ),
+    "shrink_to_prior": Case(
+        mc.shrink_to_prior,
+        lambda d, s: (
+            *(unit(3, dtype=d, seed=s + i) for i in range(2)),
+            rand(3, dtype=d, seed=s),
+            unit(3, dtype=d, seed=s + 2),
+        ),
+        dtypes=HALF,
+    ),
     # harmonize
     "harmonize": Case(mc.harmonize, lambda d, s: (psd(d, s),), dtypes=HALF),
     # ema
