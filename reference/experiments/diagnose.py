@@ -217,7 +217,7 @@ class SignalTable(NamedTuple):
         half_rows: rows at which a gradient is half signal.
         cosines: of the signals, ``[K, K]``.
         cosines_error: their errors.
-        best: largest gain of the worst reward for a step of unit length, from the signals' Gram.
+        best: largest gain of the worst reward for a step of unit length, from the signals' Gram; NaN if it is 0.
     """
 
     share: Array
@@ -236,8 +236,9 @@ def signal_of(bank: Bank, K: int) -> SignalTable:
     def estimates(keep: Indices) -> tuple[Array, Array]:
         total = bank.gram[keep][:, :K][:, :, keep][:, :, :, :K].sum((0, 2))
         S = (total - own[keep].sum(0)) / (len(keep) * (len(keep) - 1))
-        s = np.sqrt(np.maximum(S.diagonal(), 1e-300))
-        return np.concatenate([[S.diagonal() / own[keep].mean(0).diagonal()], S / s / s[:, None]]), S
+        norm2, s2 = own[keep].mean(0).diagonal(), S.diagonal()
+        s = np.sqrt(np.where(s2 > 0, s2, np.nan))  # no cosine where there is no signal
+        return np.concatenate([[s2 / np.where(norm2 > 0, norm2, np.nan)], S / s / s[:, None]]), S
 
     value, S = estimates(np.arange(U))
     left_out = np.array_split(np.random.default_rng(0).permutation(U), _BLOCKS)
@@ -245,9 +246,11 @@ def signal_of(bank: Bank, K: int) -> SignalTable:
     error = _jackknife(again)
     psd = psd_part(torch.from_numpy(S))
     w = min_norm_weights(psd)
+    best = float((w @ psd @ w).clamp(min=0).sqrt())
+    best = best if best > 1e-6 * math.sqrt(float(psd.trace())) else math.nan  # a hull that holds 0, to rounding
     share = value[0]
     half = bank.rows * (1 - share) / np.where(share > 0, share, np.nan)
-    return SignalTable(share, error[0], half, value[1:], error[1:], float((w @ psd @ w).clamp(min=0).sqrt()))
+    return SignalTable(share, error[0], half, value[1:], error[1:], best)
 
 
 def _jackknife(values: Array) -> Array:
@@ -274,7 +277,7 @@ def _point(bank: Bank, rule: Rule, prior: Tensor, n: int, K: int, best: float) -
     blocks = np.array_split(np.arange(M, U), _BLOCKS)
     everywhere = [np.arange(M, U)] + [np.setdiff1d(np.arange(M, U), block) for block in blocks]
     held = np.stack([bank.gram[:M][:, :, keep].mean(2)[:, :, :K] for keep in everywhere])  # [1 + blocks, M, R, K]
-    length = np.sqrt(bank.gram[M:, :, M:].mean((0, 2)).diagonal()[:K])
+    H_held = bank.gram[M:, :, M:].mean((0, 2))
     rng, found = np.random.default_rng(n), []
     for _ in range(_PARTITIONS):
         groups = rng.permutation(M)[: M // n * n].reshape(-1, n)
@@ -284,20 +287,40 @@ def _point(bank: Bank, rule: Rule, prior: Tensor, n: int, K: int, best: float) -
             norm = math.sqrt(max(x @ H @ x, 1e-300))
             other = groups[(i + 1) % len(groups)]
             cross = bank.gram[g][:, :, other].mean((0, 2))
-            other_norm = np.sqrt(bank.gram[other][:, :, other].mean((0, 2)).diagonal()[:K])
-            after = x @ cross[:, :K] / norm / other_norm if len(groups) > 1 else np.full(K, np.nan)
+            H_other = bank.gram[other][:, :, other].mean((0, 2))
+            after = _cosines(x @ cross[:, :K] / norm, H_other) if len(groups) > 1 else np.full(K, np.nan)
             gain = np.einsum("r,jrk->jk", x, held[:, g].mean(1)) / norm
-            same = x @ H[:, :K] / norm / np.sqrt(H.diagonal()[:K])
+            same = _cosines(x @ H[:, :K] / norm, H)
             found.append((x[:K] / max(np.abs(x[:K]).sum(), 1e-300), same, after, gain))
     share, same, after = (np.stack([f[i] for f in found]) for i in range(3))
     gain = np.stack([f[3] for f in found])  # [batches, 1 + blocks, K]
     spread = gain[:, 0].std(0, ddof=1) / math.sqrt(M // n)  # partitions share their units: they count once
     error = np.hypot(spread, _jackknife(gain.mean(0)[1:])) / best
     return Point(
-        n * bank.rows, M // n, share.mean(0), share.std(0), same.mean(0), after.mean(0),
-        gain[:, 0].mean(0) / length, gain[:, 0].mean(0) / best, error,
-        (float(same.min(1).mean()), float(after.min(1).mean())),
+        n * bank.rows, M // n, share.mean(0), share.std(0), _mean(same), _mean(after),
+        _cosines(gain[:, 0].mean(0), H_held), gain[:, 0].mean(0) / best, error,
+        (_smallest(same), _smallest(after)),
     )  # fmt: skip
+
+
+def _cosines(products: Array, gram: Array) -> Array:
+    """``<d, g_k> / |g_k|`` of a direction of unit length; NaN for a gradient that is 0."""
+    K = len(products)
+    norms: Array = np.sqrt(np.where(gram.diagonal()[:K] > 0, gram.diagonal()[:K], np.nan))
+    return products / norms
+
+
+def _mean(x: Array) -> Array:
+    """Mean of each column without NaN."""
+    count = (~np.isnan(x)).sum(0)
+    mean: Array = np.nansum(x, 0) / np.where(count > 0, count, np.nan)
+    return mean
+
+
+def _smallest(x: Array) -> float:
+    """Mean over rows of the smallest entry that is not NaN."""
+    smallest = np.where(np.isnan(x), np.inf, x).min(1)
+    return float(smallest.mean()) if np.isfinite(smallest).all() else math.nan
 
 
 def direction(bank: Bank, rule: Rule, prior: Tensor, units: Indices, K: int) -> Array:
@@ -363,6 +386,7 @@ def _tables(
 def _plot(names: Sequence[str], table: Mapping[str, list[Point]]) -> Figure:
     """Worst held-out gain, and the minimum cosines on the same and on the next batch, against rows a solve."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
+    rows = [p.rows for p in next(iter(table.values()))]  # the limits, as there may be nothing finite to show
     left, middle, right = figure.subplots(1, 3)
     for (label, points), (color, dash) in zip(table.items(), _PENS, strict=False):
         x = [p.rows for p in points]
@@ -375,7 +399,7 @@ def _plot(names: Sequence[str], table: Mapping[str, list[Point]]) -> Figure:
     titles = ("held-out gain of the worst reward", "minimum cosine, same batch", "minimum cosine, next batch")
     for axes, title in zip((left, middle, right), titles, strict=True):
         axes.axhline(0, color="0.6", lw=0.8)
-        axes.set(xscale="log", xlabel="rows a solve", title=title)
+        axes.set(xscale="log", xlim=(0.8 * rows[0], 1.25 * rows[-1]), xlabel="rows a solve", title=title)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
