@@ -67,6 +67,34 @@ class Controls:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Train several rules with several seeds and the same random numbers, and compare them on held-out prompts."""
+
+    rules: tuple[str, ...] = ("marble", "marble-paper", "weighted-sum", "uniform")
+    """Names as of --balance, or label=file.toml with any values of a configuration; the first is compared to all."""
+    seeds: int = 5
+    """Runs of each rule."""
+    epochs: int = 40
+    """Epochs of each run."""
+    prompts_per_epoch: int = 12
+    """Prompts of an epoch."""
+    eval_prompts: int = 120
+    """Held-out prompts."""
+    eval_every: int = 20
+    """Epochs between evaluations."""
+    config: Path | None = None
+    """TOML file with further values of all runs, over the preset world."""
+    folder: Path = Path("runs/compare")
+    """Where the runs and the tables go; finished runs are not repeated, and one that was stopped goes on."""
+    jobs: int = 1
+    """Runs side by side, each in a process of its own."""
+    threads: int = 0
+    """CPU threads of each run; 0 leaves torch's choice."""
+    tables_only: bool = False
+    """Train nothing: tables of the runs that are there."""
+
+
+@dataclass(frozen=True)
 class Diagnose:
     """How much of each reward's gradient is signal, and what each rule makes of it, as the rows of a solve grow."""
 
@@ -180,6 +208,23 @@ def report_command(argv: Sequence[str]) -> None:
     print(f"report: {write_report(a.run)}")
 
 
+def compare_command(argv: Sequence[str]) -> None:
+    """``compare``."""
+    a = tyro.cli(Compare, prog="python -m reference compare", args=list(argv))
+    from reference.experiments.compare import compare, plan_runs
+
+    world = preset("world")
+    settings = dataclasses.replace(
+        world,
+        epochs=a.epochs,
+        threads=a.threads,
+        rollout=dataclasses.replace(world.rollout, prompts_per_epoch=a.prompts_per_epoch),
+        log=dataclasses.replace(world.log, eval_prompts=a.eval_prompts, eval_every=a.eval_every),
+    )
+    settings = from_toml(a.config, settings) if a.config is not None else settings
+    print(compare(plan_runs(settings, a.rules, a.seeds, a.folder), a.folder, jobs=a.jobs, tables_only=a.tables_only))
+
+
 def diagnose_command(argv: Sequence[str]) -> None:
     """``diagnose``."""
     a = tyro.cli(Diagnose, prog="python -m reference diagnose", args=list(argv))
@@ -219,6 +264,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (train_command, "fine-tune a base model with several rewards"),
     "demo": (demo_command, "minutes: weighted sum and MARBLE side by side, with a report"),
     "controls": (controls_command, "one run a reward: can each be raised at all?"),
+    "compare": (compare_command, "rules and seeds side by side: tables and figures of held-out gains"),
     "diagnose": (diagnose_command, "signal, noise and conflict of the gradients, and what each rule makes of them"),
     "report": (report_command, "write the HTML report of a run again"),
     "world-accuracy": (accuracy_command, "how well the rewards judge rendered scenes"),

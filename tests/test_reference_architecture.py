@@ -43,6 +43,8 @@ ORDER = (
     "experiments.controls",
     "experiments.demo",
     "experiments.diagnose",
+    "experiments.statistics",
+    "experiments.compare",
     "__main__",
 )
 

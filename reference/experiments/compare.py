@@ -1,0 +1,329 @@
+"""Several rules, several seeds, the same random numbers: trained by one command that can be stopped, and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from reference.config import Config, from_toml, to_toml
+from reference.errors import ConfigError, TrainingError
+from reference.experiments.statistics import Array, Estimate, crossed_interval, percentile, smallest, student
+from reference.train import prepare
+from reference.validation import validate
+
+_PENS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+
+
+class Run(NamedTuple):
+    """What one finished run says.
+
+    Attributes:
+        images: trained on, at each evaluation ``[E]``.
+        cpu: seconds of computing until each evaluation ``[E]``.
+        scores: per-prompt means at each evaluation ``[E, P, K']``, held-out rewards after those that are trained.
+        std: ``[K']``, standard deviation over the images of one prompt at the start.
+        cosines: mean over refreshes: smallest on the same batch and on the next, and each reward's on the next.
+        steps: of the optimiser.
+    """
+
+    images: Array
+    cpu: Array
+    scores: Array
+    std: Array
+    cosines: Array
+    steps: int
+
+
+def plan_runs(settings: Config, rules: Sequence[str], seeds: int, folder: Path) -> dict[str, list[Config]]:
+    """The configuration of every run by label, a rule's name or the name before ``=`` of ``label=file.toml``.
+
+    Raises:
+        ConfigError: a label twice, a file that cannot be used, or a configuration that makes no sense.
+    """
+    plans: dict[str, list[Config]] = {}
+    for rule in rules:
+        label, _, file = rule.partition("=")
+        if label in plans or not label or "/" in label:
+            raise ConfigError(f"rules: expected distinct names without a slash, got {list(rules)}.")
+        config = from_toml(Path(file), settings) if file else dataclasses.replace(settings, balance=label)
+        log = dataclasses.replace(config.log, trackers=())
+        plans[label] = [
+            dataclasses.replace(config, run=folder / label.replace(":", "-") / f"seed-{seed}", seed=seed, log=log)
+            for seed in range(seeds)
+        ]
+        validate(plans[label][0])
+        prepare(plans[label][0])
+    if len(plans) < 1 or seeds < 1:
+        raise ConfigError(f"rules and seeds: expected at least one of each, got {list(rules)} and {seeds}.")
+    return plans
+
+
+def compare(plans: Mapping[str, Sequence[Config]], folder: Path, *, jobs: int, tables_only: bool) -> str:
+    """Train what is not finished, seed by seed, and write ``tables.md``, ``summary.json`` and two figures.
+
+    Returns:
+        The text of ``tables.md``.
+
+    Raises:
+        TrainingError: a run failed; the others that were under way have ended, and the command can be given again.
+        ConfigError: there is no seed that all rules have.
+    """
+    if not tables_only:
+        waiting = [
+            config for configs in zip(*plans.values(), strict=True) for config in configs if not finished(config)
+        ]
+        with ThreadPoolExecutor(max_workers=max(jobs, 1)) as pool:
+            try:
+                for left, name in enumerate(pool.map(_train, waiting), start=1):
+                    print(f"{name}: done, {len(waiting) - left} left", flush=True)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return write_tables(plans, folder)
+
+
+def finished(config: Config) -> bool:
+    """Whether a run has its last evaluation."""
+    return any(r["epoch"] == config.epochs for r in _records(config.run) if r["kind"] == "eval")
+
+
+def _train(config: Config) -> str:
+    """One run in a process of its own; resumed if it was begun."""
+    name = f"{config.run.parent.name}/{config.run.name}"
+    config.run.parent.mkdir(parents=True, exist_ok=True)
+    file = config.run.with_suffix(".toml")
+    file.write_text(to_toml(config), encoding="utf-8")
+    command = [sys.executable, "-m", "reference", "train", "--config", str(file), "--run", str(config.run)]
+    command += ["--resume"] if (config.run / "metrics.jsonl").exists() else []
+    log = config.run.with_suffix(".log")
+    with log.open("a", encoding="utf-8") as out:
+        status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
+    if status:
+        last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
+        raise TrainingError(f"{name} ended with status {status}; {log} ends with\n{last}")
+    return name
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    """The records of a run; a last line that was cut off is left out."""
+    file, found = run / "metrics.jsonl", []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def read_run(config: Config) -> Run:
+    """A finished run."""
+    records = _records(config.run)
+    kinds = {kind: [r for r in records if r["kind"] == kind] for kind in ("eval", "epoch", "refresh", "step")}
+    evals, names = kinds["eval"], list(kinds["eval"][0]["per_prompt"])
+    before = [[r for r in kinds["epoch"] if r["epoch"] < e["epoch"]] for e in evals]
+    refreshes = kinds["refresh"]
+    after = [[_number(r["next_cosines"][k]) for k in config.rewards] for r in refreshes if r["next_cosines"]]
+    pairs = [(_number(r["min_cosine"]), _number(r["next_min_cosine"])) for r in refreshes if r["next_cosines"]]
+    cosines = (
+        np.concatenate([np.array(pairs), np.array(after)], axis=1) if after else np.full((1, 2 + len(names)), np.nan)
+    )
+    return Run(
+        np.array([float(sum(r["images"] for r in rs)) for rs in before]),
+        np.array([float(sum(r["cpu_seconds"] for r in rs)) for rs in before]),
+        np.array([[[_number(x) for x in e["per_prompt"][k]] for k in names] for e in evals]).transpose(0, 2, 1),
+        np.array([_number(evals[0]["within_std"][k]) for k in names]),
+        cosines,
+        len(kinds["step"]),
+    )
+
+
+def _number(value: float | None) -> float:
+    """A value of ``metrics.jsonl``, where null is NaN."""
+    return float("nan") if value is None else float(value)
+
+
+def write_tables(plans: Mapping[str, Sequence[Config]], folder: Path) -> str:
+    """Tables and figures of the seeds that every rule has finished."""
+    S = len(next(iter(plans.values())))
+    common = [s for s in range(S) if all(finished(configs[s]) for configs in plans.values())]
+    if not common:
+        raise ConfigError(f"folder: there is no seed that every rule has finished in {folder}.")
+    runs = {label: [read_run(configs[s]) for s in common] for label, configs in plans.items()}
+    config = next(iter(plans.values()))[0]
+    names = [*config.rewards, *(name for name in config.log.watch if name not in config.rewards)]
+    sigma = next(iter(runs.values()))[0].std
+    gains = {label: np.stack([run.scores[-1] - run.scores[0] for run in found]) for label, found in runs.items()}
+    tables = {
+        "runs": _runs_table(runs),
+        "gains": _gains_table(gains, runs, names, config),
+        "standardized": _standardized_table(gains, sigma, config),
+        "differences": _difference_table(gains, sigma, config),
+        "equal compute": _equal_table(runs, sigma, names, config),
+        "cosines": _cosine_table(runs, config),
+    }
+    left = sorted(set(range(S)) - set(common))
+    head = f"{len(common)} seeds, {config.log.eval_prompts} held-out prompts, {config.log.eval_images} images each."
+    head += f" Seeds {left} are left out: not every rule has finished them." if left else ""
+    text = "\n\n".join([head, *(f"{_TITLES[key]}\n\n{table}" for key, table in tables.items())])
+    (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
+    summary = {"seeds": common, "config": to_toml(config), "within_std": dict(zip(names, sigma.tolist(), strict=True))}
+    summary["gains"] = {
+        label: {k: crossed_interval(x[:, :, i])._asdict() for i, k in enumerate(names)} for label, x in gains.items()
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    with matplotlib.rc_context({"svg.hashsalt": "marble"}):  # the same files from the same runs
+        _gains_figure(gains, sigma, names).savefig(folder / "gains.svg", metadata={"Date": None})
+        _curves_figure(runs, names).savefig(folder / "curves.svg", metadata={"Date": None})
+    return text
+
+
+_TITLES = {
+    "runs": "**Runs**, the mean over seeds.",
+    "gains": "**Held-out gains** from the first to the last evaluation, the same prompts and noise; 95 % intervals "
+    "over seeds and prompts, both random. Lowered and raised: the interval is on one side of 0.",
+    "standardized": "**Standardized gains**: in standard deviations of the reward over the images of one prompt with "
+    "the base model; the smallest over the trained rewards with its interval from a bootstrap over seeds and prompts.",
+    "differences": "**Smallest standardized gain of the first rule minus that of the others**, paired by seeds and "
+    "prompts.",
+    "equal compute": "**Equal compute**: standardized gains when each run has used as many CPU seconds as the "
+    "cheapest rule used in all, interpolated between evaluations.",
+    "cosines": "**Cosines** of the applied gradient with the rewards' gradients on the batch that made it and on the "
+    "next one; mean over refreshes, Student's 95 % interval over seeds.",
+}
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _cell(e: Estimate, digits: int = 3) -> str:
+    """As ``+0.050 [+0.010, +0.090]``."""
+    text = f"{e.mean:+.{digits}f}"
+    return text if np.isnan(e.low) else f"{text} [{e.low:+.{digits}f}, {e.high:+.{digits}f}]"
+
+
+def _runs_table(runs: Mapping[str, Sequence[Run]]) -> str:
+    rows = [
+        [label, f"{np.mean([r.images[-1] for r in found]):,.0f}", f"{np.mean([r.steps for r in found]):.0f}",
+         f"{np.mean([r.cpu[-1] for r in found]) / 60:.1f}"]
+        for label, found in runs.items()
+    ]  # fmt: skip
+    return _table(["rule", "images", "steps", "CPU minutes without evaluation"], rows)
+
+
+def _gains_table(
+    gains: Mapping[str, Array], runs: Mapping[str, Sequence[Run]], names: Sequence[str], config: Config
+) -> str:
+    """Gains of every reward, one column a rule."""
+    base = next(iter(runs.values()))[0].scores[0]
+    rows = []
+    for k, name in enumerate(names):
+        cells = []
+        for x in gains.values():
+            e = crossed_interval(x[:, :, k])
+            cells.append(_cell(e) + (" raised" if e.low > 0 else " **lowered**" if e.high < 0 else ""))
+        title = name if name in config.rewards else f"{name} (not trained)"
+        rows.append([title, f"{np.nanmean(base[:, k]):.3f}", *cells])
+    return _table(["reward", "before", *gains], rows)
+
+
+def _standardized_table(gains: Mapping[str, Array], sigma: Array, config: Config) -> str:
+    """Gains in standard deviations, and the smallest."""
+    K = len(config.rewards)
+    draws = smallest({label: x[:, :, :K] / sigma[:K] for label, x in gains.items()})
+    rows = []
+    for label, x in gains.items():
+        mean = np.array([crossed_interval(x[:, :, k] / sigma[k]).mean for k in range(K)])
+        worst = config.rewards[int(mean.argmin())]
+        rows.append([label, *(f"{m:+.2f}" for m in mean), f"{_cell(percentile(draws[label]), 2)} ({worst})"])
+    return _table(["rule", *config.rewards, "smallest"], rows)
+
+
+def _difference_table(gains: Mapping[str, Array], sigma: Array, config: Config) -> str:
+    """What the first rule's smallest gain has over the others'."""
+    K = len(config.rewards)
+    draws = smallest({label: x[:, :, :K] / sigma[:K] for label, x in gains.items()})
+    first, rows = next(iter(gains)), []
+    for label in list(gains)[1:]:
+        e = percentile(draws[first] - draws[label])
+        verdict = "larger" if e.low > 0 else "smaller" if e.high < 0 else "not told apart"
+        rows.append([f"{first} - {label}", _cell(e, 2), verdict])
+    return _table(["rules", "difference", "verdict"], rows)
+
+
+def _equal_table(runs: Mapping[str, Sequence[Run]], sigma: Array, names: Sequence[str], config: Config) -> str:
+    """Standardized gains at the compute of the cheapest rule."""
+    budget = min(float(np.mean([run.cpu[-1] for run in found])) for found in runs.values())
+    rows, K = [], len(config.rewards)
+    for label, found in runs.items():
+        at = np.stack([_at(run, budget) for run in found])
+        cells = [crossed_interval(at[:, :, k] / sigma[k]) for k in range(K)]
+        rows.append([label, *(_cell(e, 2) for e in cells), f"{min(e.mean for e in cells):+.2f}"])
+    return f"Budget: {budget / 60:.1f} CPU minutes.\n\n" + _table(["rule", *names[:K], "smallest"], rows)
+
+
+def _at(run: Run, cpu: float) -> Array:
+    """Gains ``[P, K']`` when so many seconds were used, by linear interpolation between evaluations."""
+    gain = run.scores - run.scores[0]
+    after = int(np.clip(np.searchsorted(run.cpu, cpu), 1, len(run.cpu) - 1))
+    share = min((cpu - run.cpu[after - 1]) / max(run.cpu[after] - run.cpu[after - 1], 1e-9), 1.0)
+    mixed: Array = (1 - share) * gain[after - 1] + share * gain[after]
+    return mixed
+
+
+def _cosine_table(runs: Mapping[str, Sequence[Run]], config: Config) -> str:
+    """Cosines on the same and on the next batch."""
+    rows = []
+    for label, found in runs.items():
+        x = np.stack([run.cosines for run in found])
+        rows.append([label, *(_cell(student(x[:, i])) for i in range(x.shape[1]))])
+    null = f"smallest, same batch (noise alone: {len(config.rewards) ** -0.5:.3f})"
+    return _table(["rule", null, "smallest, next batch", *(f"{k}, next batch" for k in config.rewards)], rows)
+
+
+def _gains_figure(gains: Mapping[str, Array], sigma: Array, names: Sequence[str]) -> Figure:
+    """Standardized gains with intervals, grouped by rule."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(names)
+    for k, name in enumerate(names):
+        found = [crossed_interval(x[:, :, k] / sigma[k]) for x in gains.values()]
+        place, mean = np.arange(len(found)) + (k - (len(names) - 1) / 2) * width, [e.mean for e in found]
+        error = np.nan_to_num([[e.mean - e.low for e in found], [e.high - e.mean for e in found]])
+        axes.bar(place, mean, 0.9 * width, yerr=error, color=_PENS[k % len(_PENS)], label=name, error_kw={"lw": 0.8})
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set_xticks(range(len(gains)), list(gains))
+    axes.set_ylabel("held-out gain, standard deviations")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=len(names), frameon=False)
+    return figure
+
+
+def _curves_figure(runs: Mapping[str, Sequence[Run]], names: Sequence[str]) -> Figure:
+    """Gains against images, a panel a reward, with Student's interval over seeds as a band."""
+    figure = Figure(figsize=(3 * len(names), 3.2), layout="constrained")
+    for k, (axes, name) in enumerate(zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True)):
+        for i, (label, found) in enumerate(runs.items()):
+            gain = np.stack([np.nanmean(run.scores[:, :, k] - run.scores[0, :, k], axis=1) for run in found])
+            band = [student(column) for column in gain.T]
+            color, x = _PENS[i % len(_PENS)], found[0].images
+            axes.plot(x, [e.mean for e in band], color=color, label=label if k == 0 else None)
+            low, high = (np.array([getattr(e, side) for e in band]) for side in ("low", "high"))
+            axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+        axes.axhline(0, color="0.5", lw=0.8)
+        axes.set(title=name, xlabel="images")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=len(runs), frameon=False)
+    return figure
