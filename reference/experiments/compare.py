@@ -51,6 +51,8 @@ def plan_runs(settings: Config, rules: Sequence[str], seeds: int, folder: Path) 
         ConfigError: a label twice, a file that cannot be used, or a configuration that makes no sense.
     """
     plans: dict[str, list[Config]] = {}
+    if not rules or seeds < 1:
+        raise ConfigError(f"rules and seeds: expected at least one of each, got {list(rules)} and {seeds}.")
     for rule in rules:
         label, _, file = rule.partition("=")
         if label in plans or not label or "/" in label:
@@ -63,8 +65,6 @@ def plan_runs(settings: Config, rules: Sequence[str], seeds: int, folder: Path) 
         ]
         validate(plans[label][0])
         prepare(plans[label][0])
-    if len(plans) < 1 or seeds < 1:
-        raise ConfigError(f"rules and seeds: expected at least one of each, got {list(rules)} and {seeds}.")
     return plans
 
 
@@ -141,7 +141,7 @@ def read_run(config: Config) -> Run:
         np.array([float(sum(r["images"] for r in rs)) for rs in before]),
         np.array([float(sum(r["cpu_seconds"] for r in rs)) for rs in before]),
         np.array([[[_number(x) for x in e["per_prompt"][k]] for k in names] for e in evals]).transpose(0, 2, 1),
-        np.array([_number(evals[0]["within_std"][k]) for k in names]),
+        np.array([_number(evals[0]["within_std"][k]) or np.nan for k in names]),
         cosines,
         len(kinds["step"]),
     )
@@ -235,7 +235,7 @@ def _gains_table(
             e = crossed_interval(x[:, :, k])
             cells.append(_cell(e) + (" raised" if e.low > 0 else " **lowered**" if e.high < 0 else ""))
         title = name if name in config.rewards else f"{name} (not trained)"
-        rows.append([title, f"{np.nanmean(base[:, k]):.3f}", *cells])
+        rows.append([title, f"{student(base[:, k]).mean:.3f}", *cells])
     return _table(["reward", "before", *gains], rows)
 
 
@@ -316,7 +316,7 @@ def _curves_figure(runs: Mapping[str, Sequence[Run]], names: Sequence[str]) -> F
     figure = Figure(figsize=(3 * len(names), 3.2), layout="constrained")
     for k, (axes, name) in enumerate(zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True)):
         for i, (label, found) in enumerate(runs.items()):
-            gain = np.stack([np.nanmean(run.scores[:, :, k] - run.scores[0, :, k], axis=1) for run in found])
+            gain = np.array([[student(x[:, k]).mean for x in run.scores - run.scores[0]] for run in found])
             band = [student(column) for column in gain.T]
             color, x = _PENS[i % len(_PENS)], found[0].images
             axes.plot(x, [e.mean for e in band], color=color, label=label if k == 0 else None)

@@ -1,0 +1,221 @@
+"""Comparing rules: intervals by hand and in simulation, tables of made-up runs, and the command on tiny runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from reference.__main__ import main
+from reference.config import Config, LogConfig, preset, to_toml
+from reference.errors import ConfigError, TrainingError
+from reference.experiments import compare as module
+from reference.experiments.compare import compare, finished, plan_runs
+from reference.experiments.statistics import Array, crossed_interval, percentile, smallest, student
+
+SETTINGS = Config(epochs=2, rewards=("text", "jpeg"), log=LogConfig(watch=("objects",), eval_prompts=3, eval_images=2))
+
+
+def test_crossed_interval_by_hand() -> None:
+    """Two seeds, three prompts: row means 2 and 4, column means 1, 3 and 5, nothing left over."""
+    x = np.array([[0.0, 2.0, 4.0], [2.0, 4.0, 6.0]])
+    found = crossed_interval(x)
+    ms_s, ms_p = 3 * 2.0, 2 * 4.0
+    freedom = (ms_s + ms_p) ** 2 / (ms_s**2 / 1 + ms_p**2 / 2)
+    half = stats.t.ppf(0.975, freedom) * math.sqrt((ms_s + ms_p) / 6)
+    assert found == pytest.approx((3.0, 3.0 - half, 3.0 + half))
+
+
+def test_without_a_difference_between_prompts_seeds_alone_count() -> None:
+    x = np.repeat(np.array([[1.0], [2.0], [4.0]]), 5, axis=1)
+    assert crossed_interval(x) == pytest.approx(student(x[:, 0]), rel=1e-9)
+
+
+def test_one_seed_is_students_interval_over_prompts() -> None:
+    x = np.array([[1.0, 2.0, 4.0, math.nan]])
+    assert crossed_interval(x) == pytest.approx(student(np.array([1.0, 2.0, 4.0])))
+
+
+def test_prompts_with_gaps_are_left_out_and_constants_have_no_width() -> None:
+    x = np.array([[1.0, math.nan, 1.0], [1.0, 5.0, 1.0]])
+    assert crossed_interval(x) == (1.0, 1.0, 1.0)
+    assert math.isnan(crossed_interval(np.full((2, 3), math.nan)).mean)
+    assert math.isnan(student(np.array([2.0])).low)
+
+
+@pytest.mark.parametrize(("seed_sd", "prompt_sd"), [(1.0, 0.0), (0.0, 1.0), (0.3, 1.0), (0.0, 0.0)])
+def test_crossed_intervals_cover(seed_sd: float, prompt_sd: float) -> None:
+    rng, inside, n = np.random.default_rng(0), 0, 1000
+    for _ in range(n):
+        x = seed_sd * rng.normal(size=(5, 1)) + prompt_sd * rng.normal(size=(1, 40)) + rng.normal(size=(5, 40))
+        found = crossed_interval(x)
+        inside += found.low <= 0 <= found.high
+    assert inside / n > 0.93
+
+
+def test_the_smallest_gain_is_paired() -> None:
+    """Two rules that differ by a constant: the difference has no spread, whatever seeds and prompts do."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(5, 30, 2)) + np.array([0.0, 3.0])
+    x[:, ::3, 1] = math.nan
+    draws = smallest({"a": x + 0.5, "b": x})
+    found = percentile(draws["a"] - draws["b"])
+    assert found == pytest.approx((0.5, 0.5, 0.5))
+    assert percentile(draws["b"]).mean == pytest.approx(np.nanmean(x[:, :, 0]))
+    assert percentile(draws["b"]).low < np.nanmean(x[:, :, 0]) < percentile(draws["b"]).high
+
+
+def records(config: Config, gains: tuple[float, float, float], cpu: float, prompts: int = 3) -> list[dict[str, Any]]:
+    """A run of two epochs whose rewards rise evenly to ``gains``."""
+    found: list[dict[str, Any]] = []
+    for epoch in range(3):
+        if epoch:
+            found.append({"kind": "step", "epoch": epoch - 1})
+            found.append({"kind": "refresh", "min_cosine": 0.5, "next_min_cosine": -0.1, "next_cosines": None})
+            found[-1]["next_cosines"] = {"text": -0.1, "jpeg": 0.3} if epoch > 1 else None
+            found.append({"kind": "epoch", "epoch": epoch - 1, "images": 10, "cpu_seconds": cpu})
+        share = epoch / 2
+        per_prompt = {
+            name: [None if name == "text" and p == 0 else 1.0 + p + share * gain for p in range(prompts)]
+            for name, gain in zip(("text", "jpeg", "objects"), gains, strict=True)
+        }
+        std = {"text": 0.5, "jpeg": 0.1, "objects": 1.0}
+        found.append({"kind": "eval", "epoch": epoch, "per_prompt": per_prompt, "within_std": std})
+    return found
+
+
+def write(config: Config, lines: list[dict[str, Any]]) -> None:
+    config.run.mkdir(parents=True)
+    (config.run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def made_up(folder: Path, seeds: int = 2) -> dict[str, list[Config]]:
+    plans = plan_runs(SETTINGS, ("marble", "uniform"), seeds, folder)
+    for s in range(seeds):
+        write(plans["marble"][s], records(plans["marble"][s], (0.25, 0.06, 0.3), cpu=60.0))
+        write(plans["uniform"][s], records(plans["uniform"][s], (0.5, -0.02, 0.3), cpu=30.0))
+    return plans
+
+
+def rows(text: str, start: str) -> list[list[str]]:
+    return [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith(start)]
+
+
+def test_tables_of_made_up_runs(tmp_path: Path) -> None:
+    plans = made_up(tmp_path)
+    text = compare(plans, tmp_path, jobs=1, tables_only=True)
+    assert (tmp_path / "tables.md").read_text(encoding="utf-8") == text + "\n"
+    assert text.startswith("2 seeds, 3 held-out prompts, 2 images each.")
+    gains = {row[0]: row[1:] for row in rows(text, "| text |") + rows(text, "| jpeg |") + rows(text, "| objects")}
+    assert gains["text"] == ["2.500", "+0.250 [+0.250, +0.250] raised", "+0.500 [+0.500, +0.500] raised"]
+    assert gains["jpeg"][2] == "-0.020 [-0.020, -0.020] **lowered**"
+    assert gains["objects (not trained)"][1] == "+0.300 [+0.300, +0.300] raised"
+    marble, uniform = rows(text, "| marble |"), rows(text, "| uniform |")
+    assert marble[0] == ["marble", "20", "2", "2.0"]
+    assert marble[1] == ["marble", "+0.50", "+0.60", "+0.50 [+0.50, +0.50] (text)"]
+    assert uniform[1] == ["uniform", "+1.00", "-0.20", "-0.20 [-0.20, -0.20] (jpeg)"]
+    assert rows(text, "| marble - uniform |") == [["marble - uniform", "+0.70 [+0.70, +0.70]", "larger"]]
+    # equal compute: uniform is done when marble is half way
+    assert "Budget: 1.0 CPU minutes." in text
+    assert marble[2] == ["marble", "+0.25 [+0.25, +0.25]", "+0.30 [+0.30, +0.30]", "+0.25"]
+    assert marble[3][1:] == ["+0.500 [+0.500, +0.500]", *["-0.100 [-0.100, -0.100]"] * 2, "+0.300 [+0.300, +0.300]"]
+
+
+def test_figures_and_numbers_are_reproducible(tmp_path: Path) -> None:
+    plans, files = made_up(tmp_path), ("gains.svg", "curves.svg", "summary.json")
+    seen = []
+    for _ in range(2):
+        compare(plans, tmp_path, jobs=1, tables_only=True)
+        seen.append([(tmp_path / name).read_bytes() for name in files])
+    assert seen[0] == seen[1]
+    summary = json.loads(seen[0][2])
+    assert summary["gains"]["uniform"]["jpeg"]["mean"] == pytest.approx(-0.02)
+    assert summary["within_std"] == {"text": 0.5, "jpeg": 0.1, "objects": 1.0}
+
+
+def test_only_seeds_that_all_have(tmp_path: Path) -> None:
+    plans = made_up(tmp_path)
+    metrics = plans["uniform"][1].run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text(encoding="utf-8")[:-40], encoding="utf-8")  # cut while it was written
+    assert not finished(plans["uniform"][1])
+    text = compare(plans, tmp_path, jobs=1, tables_only=True)
+    assert text.startswith("1 seeds")
+    assert "Seeds [1] are left out" in text
+    (plans["marble"][0].run / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match="no seed that every rule has finished"):
+        compare(plans, tmp_path, jobs=1, tables_only=True)
+
+
+def test_rules_from_files(tmp_path: Path) -> None:
+    file = tmp_path / "cone.toml"
+    file.write_text('balance = "marble"\n[solve]\nsolver = "cone"\n', encoding="utf-8")
+    plans = plan_runs(SETTINGS, (f"mine={file}", "uniform"), 2, tmp_path)
+    assert list(plans) == ["mine", "uniform"]
+    assert plans["mine"][1].solve.solver == "cone"
+    assert plans["mine"][1].run == tmp_path / "mine" / "seed-1"
+    assert (plans["mine"][1].seed, plans["mine"][1].log.trackers) == (1, ())
+
+
+@pytest.mark.parametrize(
+    ("rules", "seeds", "message"),
+    [
+        (("uniform", "uniform"), 1, "distinct names"),
+        (("=x.toml",), 1, "distinct names"),
+        (("a/b=x.toml",), 1, "distinct names"),
+        (("mine=missing.toml",), 1, "cannot read missing.toml"),
+        (("marbel",), 1, "Did you mean 'marble'"),
+        ((), 1, "at least one of each"),
+        (("uniform",), 0, "at least one of each"),
+    ],
+)
+def test_plans_that_cannot_be(tmp_path: Path, rules: tuple[str, ...], seeds: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_runs(SETTINGS, rules, seeds, tmp_path)
+
+
+def test_a_failed_run_is_named_and_the_rest_can_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = plan_runs(SETTINGS, ("uniform",), 1, tmp_path)
+    fake = tmp_path / "fake"
+    fake.write_text("#!/bin/sh\necho out of memory\nexit 3\n", encoding="utf-8")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    with pytest.raises(
+        TrainingError, match=r"uniform/seed-0 ended with status 3; .*seed-0\.log ends with\nout of memory"
+    ):
+        compare(plans, tmp_path, jobs=1, tables_only=False)
+
+
+def test_the_command_trains_once_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = preset("tiny")
+    file = tmp_path / "tiny.toml"
+    file.write_text(to_toml(dataclasses.replace(tiny, epochs=1)), encoding="utf-8")
+    common = ["compare", "--rules", "marble", "uniform", "--seeds", "1", "--config", str(file), "--jobs", "2"]
+    common += ["--folder", str(tmp_path / "out")]
+    assert main(common) == 0
+    first = capsys.readouterr().out
+    assert "uniform/seed-0: done, 0 left" in first
+    stamps = [path.stat().st_mtime_ns for path in sorted((tmp_path / "out").glob("*/*/metrics.jsonl"))]
+    assert len(stamps) == 2
+    assert main(common) == 0
+    assert "done" not in capsys.readouterr().out
+    assert [p.stat().st_mtime_ns for p in sorted((tmp_path / "out").glob("*/*/metrics.jsonl"))] == stamps
+    # more epochs go on from the checkpoints
+    file.write_text(to_toml(dataclasses.replace(tiny, epochs=2)), encoding="utf-8")
+    assert main(common) == 0
+    assert "uniform/seed-0: done" in capsys.readouterr().out
+    metrics = (tmp_path / "out/uniform/seed-0/metrics.jsonl").read_text(encoding="utf-8")
+    kinds = [json.loads(line)["kind"] for line in metrics.splitlines()]
+    assert kinds.count("epoch") == 2
+
+
+def test_gains_at_a_budget_between_evaluations() -> None:
+    scores: Array = np.array([[[1.0]], [[2.0]], [[4.0]]])
+    run = module.Run(np.arange(3.0), np.array([0.0, 10.0, 20.0]), scores, np.ones(1), np.zeros(4), 2)
+    assert [float(module._at(run, cpu)[0, 0]) for cpu in (5.0, 10.0, 15.0, 20.0, 99.0)] == [0.5, 1.0, 2.0, 3.0, 3.0]
