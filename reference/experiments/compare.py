@@ -131,18 +131,17 @@ def read_run(config: Config) -> Run:
     kinds = {kind: [r for r in records if r["kind"] == kind] for kind in ("eval", "epoch", "refresh", "step")}
     evals, names = kinds["eval"], list(kinds["eval"][0]["per_prompt"])
     before = [[r for r in kinds["epoch"] if r["epoch"] < e["epoch"]] for e in evals]
-    refreshes = kinds["refresh"]
-    after = [[_number(r["next_cosines"][k]) for k in config.rewards] for r in refreshes if r["next_cosines"]]
-    pairs = [(_number(r["min_cosine"]), _number(r["next_min_cosine"])) for r in refreshes if r["next_cosines"]]
-    cosines = (
-        np.concatenate([np.array(pairs), np.array(after)], axis=1) if after else np.full((1, 2 + len(names)), np.nan)
-    )
+    measured = [r for r in kinds["refresh"] if r["next_cosines"]]
+    cosines = [
+        [r["min_cosine"], r["next_min_cosine"], *(_number(r["next_cosines"][k]) for k in config.rewards)]
+        for r in measured
+    ]
     return Run(
         np.array([float(sum(r["images"] for r in rs)) for rs in before]),
         np.array([float(sum(r["cpu_seconds"] for r in rs)) for rs in before]),
         np.array([[[_number(x) for x in e["per_prompt"][k]] for k in names] for e in evals]).transpose(0, 2, 1),
         np.array([_number(evals[0]["within_std"][k]) or np.nan for k in names]),
-        cosines,
+        np.array(cosines).mean(0) if measured else np.full(2 + len(config.rewards), np.nan),
         len(kinds["step"]),
     )
 
