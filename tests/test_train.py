@@ -125,6 +125,43 @@ def test_ctrl_c_finishes_the_step_saves_and_goes_on_bit_exactly(
     assert without_times(run) == without_times(unbroken)
 
 
+STATEFUL = {
+    "moments of halves, collected": SolveConfig(
+        solver="cone", gram="moment_halves", decay=0.5, accumulate=2, refresh_every=2, shrink=True, softmin=3.0
+    ),
+    "consecutive, adam": SolveConfig(
+        solver="min-norm", gram="consecutive", decay=0.5, refresh_every=2, metric="adam", shrink=True, softmin=3.0
+    ),
+    "along moments": SolveConfig(solver="min-norm", gram="moments", step="moments", decay=0.5, refresh_every=1),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_rules_with_a_memory_go_on_bit_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    unbroken, run = (config(tmp_path / folder, solve=STATEFUL[name]) for folder in ("unbroken", "run"))
+    train(unbroken)
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        with pytest.warns(UserWarning, match="stopping after this step"), pytest.raises(Interrupted):
+            train(run)
+    train(run, resume=True)
+    assert_same(final_state(run.run), final_state(unbroken.run))
+    assert without_times(run.run) == without_times(unbroken.run)
+
+
+def test_gains_tilt_the_weights_once_prompts_come_again(tmp_path: Path) -> None:
+    soft = config(tmp_path / "run", epochs=5, solve=SolveConfig(softmin=4.0))
+    train(soft)
+    epochs, steps = records(soft.run, "epoch"), records(soft.run, "step")
+    assert [any(g is not None for g in e["gains"].values()) for e in epochs] == [False, False, True, True, True]
+    assert all(list(s["coefficients"].values()) == pytest.approx([1 / 3] * 3) for s in steps[:4])
+    for epoch, pair in zip(epochs[2:], zip(steps[4::2], steps[5::2], strict=True), strict=True):
+        gains = torch.tensor([epoch["gains"][k] for k in REWARDS])
+        w = torch.softmax(-4.0 * gains.double(), 0)
+        for step in pair:
+            assert list(step["coefficients"].values()) == pytest.approx(w.tolist(), rel=1e-5)
+
+
 def test_a_killed_run_goes_on_bit_exactly(tmp_path: Path, unbroken: Path) -> None:
     run = tmp_path / "run"
     code = (
