@@ -14,12 +14,13 @@ import pytest
 from scipy import stats
 
 from reference.__main__ import main
-from reference.config import Config, LogConfig, preset, to_toml
+from reference.config import Config, LogConfig, SolveConfig, preset, rule_of, to_toml
 from reference.errors import ConfigError, TrainingError
 from reference.experiments import compare as module
-from reference.experiments.compare import compare, finished, plan_runs
+from reference.experiments.compare import compare, finished, plan_runs, rows_a_solve
 from reference.experiments.statistics import Array, crossed_interval, percentile, smallest, student
 
+ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = Config(epochs=2, rewards=("text", "jpeg"), log=LogConfig(watch=("objects",), eval_prompts=3, eval_images=2))
 
 
@@ -129,13 +130,13 @@ def test_tables_of_made_up_runs(tmp_path: Path) -> None:
 
 
 def test_figures_and_numbers_are_reproducible(tmp_path: Path) -> None:
-    plans, files = made_up(tmp_path), ("gains.svg", "curves.svg", "summary.json")
+    plans, files = made_up(tmp_path), ("gains.svg", "curves.svg", "worst.svg", "summary.json")
     seen = []
     for _ in range(2):
         compare(plans, tmp_path, jobs=1, tables_only=True)
         seen.append([(tmp_path / name).read_bytes() for name in files])
     assert seen[0] == seen[1]
-    summary = json.loads(seen[0][2])
+    summary = json.loads(seen[0][3])
     assert summary["gains"]["uniform"]["jpeg"]["mean"] == pytest.approx(-0.02)
     assert summary["within_std"] == {"text": 0.5, "jpeg": 0.1, "objects": 1.0}
 
@@ -161,6 +162,31 @@ def test_rules_from_files(tmp_path: Path) -> None:
     assert plans["mine"][1].solve.solver == "cone"
     assert plans["mine"][1].run == tmp_path / "mine" / "seed-1"
     assert (plans["mine"][1].seed, plans["mine"][1].log.trackers) == (1, ())
+
+
+RULES = sorted((ROOT / "reference/experiments/rules").glob("*.toml"))
+
+
+@pytest.mark.parametrize("file", RULES, ids=lambda file: file.stem)
+def test_rules_that_were_tried_are_valid(tmp_path: Path, file: Path) -> None:
+    settings = preset("world")
+    plans = plan_runs(settings, (f"mine={file}",), 1, tmp_path)
+    rule, plain = rule_of(plans["mine"][0]), rule_of(dataclasses.replace(settings, balance=plans["mine"][0].balance))
+    assert rule != plain
+
+
+def test_rows_behind_a_solve() -> None:
+    """12 prompts of 24 images, two steps an epoch, 3 timesteps an image."""
+    world = preset("world")
+    twelve = dataclasses.replace(world, rollout=dataclasses.replace(world.rollout, prompts_per_epoch=12))
+
+    def rows(balance: str, **switches: Any) -> int | None:
+        return rows_a_solve(dataclasses.replace(twelve, balance=balance, solve=SolveConfig(**switches)))
+
+    assert rows("marble") is rows("uniform") is rows("weighted-sum") is None
+    assert rows("marble-paper") == rows("marble", solver="cone") == 432
+    assert rows("marble-paper", accumulate=10) == 4320
+    assert rows("min-norm", gram="moments", decay=0.9) == 8208
 
 
 @pytest.mark.parametrize(

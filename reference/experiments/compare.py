@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from reference.config import Config, from_toml, to_toml
+from reference.config import Config, from_toml, rule_of, to_toml, training_times
 from reference.errors import ConfigError, TrainingError
 from reference.experiments.statistics import Array, Estimate, crossed_interval, percentile, smallest, student
 from reference.train import prepare
@@ -48,24 +50,50 @@ def plan_runs(settings: Config, rules: Sequence[str], seeds: int, folder: Path) 
     """The configuration of every run by label, a rule's name or the name before ``=`` of ``label=file.toml``.
 
     Raises:
-        ConfigError: a label twice, a file that cannot be used, or a configuration that makes no sense.
+        ConfigError: a label twice, a file that cannot be used, a configuration that makes no sense, rules that are not
+            judged alike, or a run in the folder that was made by another configuration.
     """
     plans: dict[str, list[Config]] = {}
+    folders: set[str] = set()
     if not rules or seeds < 1:
         raise ConfigError(f"rules and seeds: expected at least one of each, got {list(rules)} and {seeds}.")
     for rule in rules:
         label, _, file = rule.partition("=")
-        if label in plans or not label or "/" in label:
-            raise ConfigError(f"rules: expected distinct names without a slash, got {list(rules)}.")
+        name = label.replace(":", "-")
+        if name in folders or not re.fullmatch(r"\w[\w.:-]*", label):
+            raise ConfigError(f"rules: expected distinct names of letters, digits and any of _.:-, got {list(rules)}.")
+        folders.add(name)
         config = from_toml(Path(file), settings) if file else dataclasses.replace(settings, balance=label)
         log = dataclasses.replace(config.log, trackers=())
         plans[label] = [
-            dataclasses.replace(config, run=folder / label.replace(":", "-") / f"seed-{seed}", seed=seed, log=log)
+            dataclasses.replace(config, run=folder / name / f"seed-{seed}", seed=seed, log=log)
             for seed in range(seeds)
         ]
         validate(plans[label][0])
         prepare(plans[label][0])
+        if judged_by(plans[label][0]) != judged_by(next(iter(plans.values()))[0]):
+            raise ConfigError(f"rules: {label} has other rewards or another evaluation than {next(iter(plans))}.")
+    for config in (config for configs in plans.values() for config in configs):
+        _check_finished(config)
     return plans
+
+
+def judged_by(config: Config) -> tuple[object, ...]:
+    """What has to be equal for gains to be compared: the rewards, the base model and the evaluation."""
+    log = config.log
+    evaluation = (log.eval_prompts, log.eval_images, log.eval_steps, config.rollout.sampler)
+    return (config.rewards, log.watch, config.model.base, *evaluation)
+
+
+def _check_finished(config: Config) -> None:
+    """Refuse a finished run that was made by another configuration, as the trainer refuses to resume one."""
+    file = config.run / "config.toml"
+    if not (finished(config) and file.exists()):
+        return
+    found = from_toml(file, Config())
+    same = dataclasses.replace(found, run=config.run, epochs=config.epochs, threads=config.threads, log=config.log)
+    if same != config or judged_by(found) != judged_by(config):
+        raise ConfigError(f"folder: {config.run} was made by another configuration (see its config.toml).")
 
 
 def compare(plans: Mapping[str, Sequence[Config]], folder: Path, *, jobs: int, tables_only: bool) -> str:
@@ -79,17 +107,20 @@ def compare(plans: Mapping[str, Sequence[Config]], folder: Path, *, jobs: int, t
         ConfigError: there is no seed that all rules have.
     """
     if not tables_only:
-        waiting = [
-            config for configs in zip(*plans.values(), strict=True) for config in configs if not finished(config)
-        ]
-        with ThreadPoolExecutor(max_workers=max(jobs, 1)) as pool:
-            try:
-                for left, name in enumerate(pool.map(_train, waiting), start=1):
-                    print(f"{name}: done, {len(waiting) - left} left", flush=True)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        in_turn = [config for configs in zip(*plans.values(), strict=True) for config in configs]
+        _train_all([config for config in in_turn if not finished(config)], jobs)
     return write_tables(plans, folder)
+
+
+def _train_all(waiting: Sequence[Config], jobs: int) -> None:
+    """So many runs at a time. After a failure or Ctrl-C, which reaches the runs as well, no other one begins."""
+    with ThreadPoolExecutor(max_workers=max(jobs, 1)) as pool:
+        try:
+            for left, run in enumerate(as_completed([pool.submit(_train, config) for config in waiting]), start=1):
+                print(f"{run.result()}: done, {len(waiting) - left} left", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def finished(config: Config) -> bool:
@@ -109,7 +140,7 @@ def _train(config: Config) -> str:
     with log.open("a", encoding="utf-8") as out:
         status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
     if status:
-        last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
+        last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
         raise TrainingError(f"{name} ended with status {status}; {log} ends with\n{last}")
     return name
 
@@ -183,6 +214,8 @@ def write_tables(plans: Mapping[str, Sequence[Config]], folder: Path) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "marble"}):  # the same files from the same runs
         _gains_figure(gains, sigma, names).savefig(folder / "gains.svg", metadata={"Date": None})
         _curves_figure(runs, names).savefig(folder / "curves.svg", metadata={"Date": None})
+        rows = {label: rows_a_solve(configs[0]) for label, configs in plans.items()}
+        _worst_figure(gains, sigma, config, rows).savefig(folder / "worst.svg", metadata={"Date": None})
     return text
 
 
@@ -325,4 +358,35 @@ def _curves_figure(runs: Mapping[str, Sequence[Run]], names: Sequence[str]) -> F
         axes.set(title=name, xlabel="images")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=len(runs), frameon=False)
+    return figure
+
+
+def rows_a_solve(config: Config) -> int | None:
+    """Rows behind each solve; None for a rule that solves nothing."""
+    rule = rule_of(config)
+    if rule.kind != "solve" or rule.solver == "prior":
+        return None
+    images = config.rollout.prompts_per_epoch * config.rollout.images_per_prompt / config.optim.steps_per_epoch
+    memory = (1 + rule.decay) / (1 - rule.decay) if "moment" in rule.gram else 1
+    return round(images * (config.loss.timesteps_per_image or training_times(config)) * rule.accumulate * memory)
+
+
+def _worst_figure(gains: Mapping[str, Array], sigma: Array, config: Config, rows: Mapping[str, int | None]) -> Figure:
+    """Gain of the worst reward against the rows behind a solve; rules that solve nothing as lines."""
+    K = len(config.rewards)
+    draws = smallest({label: x[:, :, :K] / sigma[:K] for label, x in gains.items()})
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, (label, draw) in enumerate(draws.items()):
+        e, color, x = percentile(draw), _PENS[i % len(_PENS)], rows[label]
+        if x is None:
+            axes.axhline(e.mean, color=color, label=label)
+            axes.axhspan(e.low, e.high, color=color, alpha=0.12, lw=0)
+        else:
+            error = [[e.mean - e.low], [e.high - e.mean]]
+            axes.errorbar([x], [e.mean], yerr=error, fmt="o", color=color, capsize=3, label=label)
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set(xscale="log", xlim=(100, 20000), xlabel="rows behind a solve", ylabel="smallest held-out gain, std")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
