@@ -22,15 +22,21 @@ def plan(config: Config) -> str:
     J = config.loss.timesteps_per_image or training_times(config)
     steps = config.epochs * config.optim.steps_per_epoch
     refreshes = sum(refresh_due(step, rule.refresh_every) for step in range(steps))
+    all_rows = sum(
+        any(refresh_due(step + ahead, rule.refresh_every) for ahead in range(rule.accumulate)) for step in range(steps)
+    )
     forward, train, P = _measure(config)
     backwards = {"shared": 2.0, "k_pass": K + 1.0}[rule.rows]
     others = 2.0 if config.loss.kl_weight > 0 else 1.0  # forward passes of the old policy and of the base
-    step = train + others * forward + (backwards - 1) * (train - forward) * refreshes / max(steps, 1)
+    step = train + others * forward + (backwards - 1) * (train - forward) * all_rows / max(steps, 1)
     epoch = images * (r.steps * forward + J * step)
     every = config.log.eval_every or config.epochs
     evaluations = 1 + math.ceil(config.epochs / every)
     evaluation = config.log.eval_prompts * config.log.eval_images * config.log.eval_steps * forward
-    memory = P * _BYTES * (2 + 1 + 2 + 1 + K + 2)  # two adapters, EMA, Adam, gradient, K rows, step before and shared
+    kept = {"moments": 1, "moment_halves": 2, "consecutive": 1}.get(rule.gram, int(rule.step == "moments"))
+    kept += 2 if rule.accumulate > 1 else 0
+    # two adapters, EMA, Adam, gradient, step before and shared; K rows of two halves and their sum, and what is kept
+    memory = P * _BYTES * (2 + 1 + 2 + 1 + 2 + (3 + kept) * K)
     total = config.epochs * epoch + evaluations * evaluation
     lines = {
         "rule": f"{config.balance}: {rule}",
@@ -39,8 +45,10 @@ def plan(config: Config) -> str:
         "rows": f"{images} x {J} timesteps = {images * J}, {images * J // config.optim.steps_per_epoch} a step",
         "run": f"{config.epochs} epochs = {steps} optimiser steps = {config.epochs * images} images",
         "refreshes": f"{refreshes}, every {rule.refresh_every} steps, with {backwards:.0f} backward passes each"
-        + ("" if rule.kind == "solve" else ", to measure cosines"),
-        "trained": f"{P} parameters; the gradients of {K} rewards take {K * P * _BYTES / 1e6:.1f} MB at a refresh",
+        + (", to measure cosines" if rule.kind != "solve" or rule.solver == "prior" else "")
+        + (f"; {all_rows} steps compute all {K} gradients" if rule.accumulate > 1 else ""),
+        "trained": f"{P} parameters; the gradients of {K} rewards take {K * P * _BYTES / 1e6:.1f} MB"
+        + (f", and {kept} times that is kept" if kept else ""),
         "memory": f"about {memory / 1e6:.0f} MB beside the base model and the activations of one micro-batch",
         "time": f"about {total / 60:.0f} min here: {epoch:.1f} s an epoch, without scoring",
         "an image": f"{1000 * forward:.1f} ms a forward pass, {1000 * train:.1f} ms with backward, measured now",
