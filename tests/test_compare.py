@@ -16,8 +16,9 @@ from scipy import stats
 from reference.__main__ import main
 from reference.config import Config, LogConfig, SolveConfig, preset, rule_of, to_toml
 from reference.errors import ConfigError, TrainingError
-from reference.experiments import compare as module
-from reference.experiments.compare import compare, finished, plan_runs, rows_a_solve
+from reference.experiments import comparison
+from reference.experiments.compare import compare, plan_runs
+from reference.experiments.comparison import finished, rows_a_solve
 from reference.experiments.statistics import Array, crossed_interval, percentile, smallest, student
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,5 +244,5 @@ def test_the_command_trains_once_and_goes_on(tmp_path: Path, capsys: pytest.Capt
 
 def test_gains_at_a_budget_between_evaluations() -> None:
     scores: Array = np.array([[[1.0]], [[2.0]], [[4.0]]])
-    run = module.Run(np.arange(3.0), np.array([0.0, 10.0, 20.0]), scores, np.ones(1), np.zeros(4), 2)
-    assert [float(module._at(run, cpu)[0, 0]) for cpu in (5.0, 10.0, 15.0, 20.0, 99.0)] == [0.5, 1.0, 2.0, 3.0, 3.0]
+    run = comparison.Run(np.arange(3.0), np.array([0.0, 10.0, 20.0]), scores, np.ones(1), np.zeros(4), 2)
+    assert [float(comparison._at(run, cpu)[0, 0]) for cpu in (5.0, 10.0, 15.0, 20.0, 99.0)] == [0.5, 1.0, 2.0, 3.0, 3.0]

@@ -14,7 +14,8 @@ import torch
 from reference.__main__ import main
 from reference.config import Config, LogConfig, preset, rule_of, to_toml
 from reference.errors import ConfigError
-from reference.experiments.diagnose import RULES, Bank, Indices, curve, diagnose, direction, signal_of
+from reference.experiments.bank import Bank, Indices
+from reference.experiments.diagnose import RULES, curve, diagnose, direction, signal_of
 from reference.train import train
 
 K, P, UNITS, HELD_OUT = 2, 300, 64, 40

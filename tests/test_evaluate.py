@@ -13,8 +13,9 @@ from reference.base import load_base
 from reference.config import Config, preset
 from reference.errors import ConfigError
 from reference.evaluate import evaluate, gain, generate, generator, interval, prompt_means
-from reference.experiments.controls import controls, evaluations, held_out_gain
+from reference.experiments.controls import controls, held_out_gain
 from reference.experiments.demo import RULES, demo
+from reference.experiments.records import records
 from reference.policy import active, adapter_state, add_lora, load_adapter
 from reference.prompts import world_prompts
 from reference.scoring import Scores
@@ -100,7 +101,7 @@ def test_controls_report_each_reward_and_do_not_repeat_themselves(tmp_path: Path
     lines = table.splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| colour", "| jpeg"]
     first, last, change = held_out_gain(tmp_path / "controls" / "colour", "colour")
-    evals = evaluations(tmp_path / "controls" / "colour")
+    evals = records(tmp_path / "controls" / "colour", "eval")
     assert (first, last) == (evals[0]["rewards"]["colour"]["mean"], evals[-1]["rewards"]["colour"]["mean"])
     assert change.mean == pytest.approx(last - first, abs=1e-6)
     written = (tmp_path / "controls" / "colour" / "metrics.jsonl").stat().st_mtime_ns
@@ -115,7 +116,7 @@ def test_the_demo_compares_both_rules_from_the_same_start(tmp_path: Path, capsys
     assert text.endswith(f"report: {(tmp_path / 'demo' / 'report.html').resolve()}")
     for word in (*RULES, "before", "objects", "text", "similarity", "colour", "jpeg"):
         assert word in text
-    start = [evaluations(tmp_path / "demo" / rule)[0]["rewards"] for rule in RULES]
+    start = [records(tmp_path / "demo" / rule, "eval")[0]["rewards"] for rule in RULES]
     assert start[0] == start[1]
     assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
 

@@ -40,10 +40,13 @@ ORDER = (
     "state",
     "plan",
     "train",
+    "experiments.records",
     "experiments.controls",
     "experiments.demo",
+    "experiments.bank",
     "experiments.diagnose",
     "experiments.statistics",
+    "experiments.comparison",
     "experiments.compare",
     "__main__",
 )

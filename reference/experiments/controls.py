@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from reference.config import Config
 from reference.evaluate import Interval, gain
+from reference.experiments.records import number, records
 from reference.train import train
 
 
@@ -40,18 +39,7 @@ def run_once(config: Config) -> None:
 
 def held_out_gain(run: Path, reward: str) -> tuple[float, float, Interval]:
     """First and last held-out mean of a reward, and its paired change over prompts."""
-    evals = evaluations(run)
-    per_prompt = [torch.tensor([_number(x) for x in e["per_prompt"][reward]]).unsqueeze(1) for e in evals]
+    evals = records(run, "eval")
+    per_prompt = [torch.tensor([number(x) for x in e["per_prompt"][reward]]).unsqueeze(1) for e in evals]
     first, last = evals[0]["rewards"][reward]["mean"], evals[-1]["rewards"][reward]["mean"]
     return first, last, gain(per_prompt[0], per_prompt[-1])[0]
-
-
-def evaluations(run: Path) -> list[dict[str, Any]]:
-    """The held-out evaluations of a run, in order."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == "eval"]
-
-
-def _number(value: float | None) -> float:
-    """A value of ``metrics.jsonl``, where null is NaN."""
-    return float("nan") if value is None else value

@@ -1,0 +1,118 @@
+"""Gradients of many independent units at one policy, kept as their inner products."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reference import checkpoint
+from reference.balance import Step, all_rows, init_balance, signal_weights
+from reference.base import Base, load_base
+from reference.batch import advantages, sample_epoch, step_rows
+from reference.config import Config, SolveConfig, rule_of, training_times
+from reference.errors import ConfigError
+from reference.policy import Policy, add_lora, load_adapter
+from reference.progress import Progress, gains_of
+from reference.prompts import world_prompts
+from reference.scoring import Reward
+from reference.train import prepare
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Indices = np.ndarray[Any, np.dtype[np.int64]]
+_OTHER_SEED = 1000  # so that no unit is one that the run was trained on
+
+
+class Bank(NamedTuple):
+    """Inner products between the gradients of many independent units, a unit being the images of one prompt.
+
+    Attributes:
+        gram: ``[U, K + 2, U, K + 2]``: the K rewards' signal gradients, the weighted sum's, and the shared part's.
+        training: number of units from training prompts; the others are from held-out prompts.
+        rows: of a unit.
+        gains: ``[K]``, of the rewards so far, as the run knew them; NaN at the base policy.
+    """
+
+    gram: Array
+    training: int
+    rows: int
+    gains: Tensor
+
+
+def collect(config: Config, run: Path | None, units: int, held_out: int, sketch: int) -> dict[str, Any]:
+    """Gradients of all units at one policy, as inner products."""
+    rewards, _, pool = prepare(config)
+    base = load_base(config.model.base)
+    m = config.model
+    policy = add_lora(base.transformer, rank=m.lora_rank, alpha=m.lora_alpha, targets=m.lora_targets, seed=config.seed)
+    gains = torch.full((len(rewards),), torch.nan, dtype=torch.float64)
+    if run is not None:
+        state = checkpoint.latest(run / "checkpoints")
+        if state is None:
+            raise ConfigError(f"run: {run} has no checkpoint. Train it first, or diagnose a preset's base policy.")
+        load_adapter(policy, "default", state["default"])
+        load_adapter(policy, "old", state["old"])
+        gains = gains_of(Progress(*state["progress"]))
+    unseen = world_prompts(config.log.eval_prompts, 0, held_out=True)
+    blocks = [
+        _units(policy, base, rewards, prompts, config, count, sketch)
+        for prompts, count in ((pool, units), (unseen, held_out))
+    ]
+    matrix = torch.cat(blocks)
+    U, R = matrix.shape[:2]
+    flat, gram = matrix.flatten(0, 1), torch.zeros(U * R, U * R, dtype=torch.float64)
+    for start in range(0, flat.shape[1], 1 << 14):
+        x = flat[:, start : start + (1 << 14)].double()
+        gram += x @ x.mT
+    J = config.loss.timesteps_per_image or training_times(config)
+    rows = config.rollout.images_per_prompt * J
+    return {"gram": gram.reshape(U, R, U, R), "rows": rows, "gains": gains}
+
+
+def _units(
+    policy: Policy,
+    base: Base,
+    rewards: Mapping[str, Reward],
+    prompts: Sequence[str],
+    config: Config,
+    count: int,
+    sketch: int,
+) -> Tensor:
+    """Gradients of ``count`` units ``[count, K + 2, P]``, from epochs of their own."""
+    config = dataclasses.replace(config, seed=config.seed + _OTHER_SEED)
+    n, rule, found = (
+        config.rollout.images_per_prompt,
+        rule_of(dataclasses.replace(config, balance="weighted-sum", solve=SolveConfig())),
+        [],
+    )
+    balance = init_balance(len(rewards), rule, {})
+    prior = torch.full((len(rewards),), 1 / len(rewards), dtype=torch.float64)
+    weigh = signal_weights(rule, balance, config.loss.a_max, Step(True, False, False, prior, None, None))
+    for epoch in itertools.count():
+        rollout = sample_epoch(policy, base, rewards, prompts, config, epoch)
+        A, A_sum = advantages(rollout.scores, config)
+        for unit in range(config.rollout.prompts_per_epoch):
+            index = torch.arange(unit * n, (unit + 1) * n)
+            rows = step_rows(base, rollout, A, A_sum, index, config, epoch, unit)
+            h, shared, _ = all_rows(policy, rows, rule, config.loss, weigh, config.optim.micro_batch)
+            row = torch.cat([torch.cat([h[name].flatten(1), shared[name].flatten()[None]]) for name in h], dim=1)
+            found.append(_sketched(row, sketch))
+            if len(found) == count:
+                return torch.stack(found)
+        print(f"{len(found)} of {count} units", flush=True)
+    raise AssertionError
+
+
+def _sketched(rows: Tensor, D: int) -> Tensor:
+    """Count sketch: each entry with a random sign into one of ``D`` sums, which keeps inner products in expectation."""
+    if D == 0:
+        return rows
+    g = torch.Generator().manual_seed(0)
+    place, sign = torch.randint(D, (rows.shape[1],), generator=g), torch.randint(2, (rows.shape[1],), generator=g)
+    return torch.zeros(rows.shape[0], D).index_add_(1, place, rows.cpu() * (2 * sign - 1))
