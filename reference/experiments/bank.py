@@ -102,7 +102,7 @@ def _units(
             rows = step_rows(base, rollout, A, A_sum, index, config, epoch, unit)
             h, shared, _ = all_rows(policy, rows, rule, config.loss, weigh, config.optim.micro_batch)
             row = torch.cat([torch.cat([h[name].flatten(1), shared[name].flatten()[None]]) for name in h], dim=1)
-            found.append(_sketched(row, sketch))
+            found.append(_sketched(row.cpu(), sketch))
             if len(found) == count:
                 return torch.stack(found)
         print(f"{len(found)} of {count} units", flush=True)
@@ -115,4 +115,4 @@ def _sketched(rows: Tensor, D: int) -> Tensor:
         return rows
     g = torch.Generator().manual_seed(0)
     place, sign = torch.randint(D, (rows.shape[1],), generator=g), torch.randint(2, (rows.shape[1],), generator=g)
-    return torch.zeros(rows.shape[0], D).index_add_(1, place, rows.cpu() * (2 * sign - 1))
+    return torch.zeros(rows.shape[0], D).index_add_(1, place, rows * (2 * sign - 1))

@@ -278,9 +278,22 @@ def _tables(
         for p in points:
             gains = " | ".join(f"{g:+.2f} ± {e:.2f}" for g, e in zip(p.gain, p.gain_error, strict=True))
             shares = ", ".join(f"{s:.2f} ± {d:.2f}" for s, d in zip(p.share, p.share_sd, strict=True))
-            cosines = " | ".join("-" if math.isnan(c) else f"{c:+.3f}" for c in p.minima)
+            cosines = " | ".join(map(_cosine, p.minima))
             lines.append(f"| {label} | {p.rows:,} | {gains} | {p.gain.min():+.2f} | {cosines} | {shares} |")
+    lines.append(
+        "\nCosines of each rule's direction with every reward's gradient: on the batch that made it / on another "
+        f"batch / on all held-out groups.\n\n| rule | rows a solve | {head} |\n|---|---|{'---|' * len(names)}"
+    )
+    for label, points in table.items():
+        for p in points:
+            cells = [" / ".join(map(_cosine, three)) for three in zip(p.same, p.next, p.held_out, strict=True)]
+            lines.append(f"| {label} | {p.rows:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cosine(value: float) -> str:
+    """A cosine, or ``-`` where there is none."""
+    return "-" if math.isnan(value) else f"{value:+.2f}"
 
 
 def _plot(names: Sequence[str], table: Mapping[str, list[Point]]) -> Figure:
