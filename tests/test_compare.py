@@ -18,7 +18,7 @@ from reference.config import Config, LogConfig, SolveConfig, preset, rule_of, to
 from reference.errors import ConfigError, TrainingError
 from reference.experiments import comparison
 from reference.experiments.compare import compare, plan_runs
-from reference.experiments.comparison import finished, rows_a_solve
+from reference.experiments.comparison import finished, read_run, rows_a_solve
 from reference.experiments.statistics import Array, crossed_interval, percentile, smallest, student
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,14 +74,31 @@ def test_the_smallest_gain_is_paired() -> None:
     assert percentile(draws["b"]).low < np.nanmean(x[:, :, 0]) < percentile(draws["b"]).high
 
 
+def test_a_planted_winner_is_found() -> None:
+    """Gains that differ from seed to seed and prompt to prompt, alike for all rules; one is better at its worst."""
+    rng = np.random.default_rng(2)
+    common = 0.3 * rng.normal(size=(5, 1, 1)) + rng.normal(size=(1, 60, 2))
+    noise = [0.5 * rng.normal(size=(5, 60, 2)) for _ in range(3)]
+    values = {
+        "winner": common + noise[0] + np.array([1.0, 2.0]),
+        "loser": common + noise[1] + np.array([2.0, 0.0]),
+        "twin": common + noise[2] + np.array([1.0, 2.0]),
+    }
+    draws = smallest(values)
+    assert percentile(draws["winner"] - draws["loser"]).low > 0
+    twin = percentile(draws["winner"] - draws["twin"])
+    assert twin.low < 0 < twin.high
+
+
 def records(config: Config, gains: tuple[float, float, float], cpu: float, prompts: int = 3) -> list[dict[str, Any]]:
     """A run of two epochs whose rewards rise evenly to ``gains``."""
     found: list[dict[str, Any]] = []
     for epoch in range(3):
         if epoch:
             found.append({"kind": "step", "epoch": epoch - 1})
-            found.append({"kind": "refresh", "min_cosine": 0.5, "next_min_cosine": -0.1, "next_cosines": None})
-            found[-1]["next_cosines"] = {"text": -0.1, "jpeg": 0.3} if epoch > 1 else None
+            fresh = {"text": -0.1, "jpeg": 0.3} if epoch > 1 else None
+            refresh = {"min_cosine": 0.5, "next_min_cosine": -0.1, "next_cosines": fresh}
+            found.append({"kind": "refresh", "epoch": epoch - 1, **refresh})
             found.append({"kind": "epoch", "epoch": epoch - 1, "images": 10, "cpu_seconds": cpu})
         share = epoch / 2
         per_prompt = {
@@ -120,7 +137,7 @@ def test_tables_of_made_up_runs(tmp_path: Path) -> None:
     assert gains["jpeg"][2] == "-0.020 [-0.020, -0.020] **lowered**"
     assert gains["objects (not trained)"][1] == "+0.300 [+0.300, +0.300] raised"
     marble, uniform = rows(text, "| marble |"), rows(text, "| uniform |")
-    assert marble[0] == ["marble", "20", "2", "2.0"]
+    assert marble[0] == ["marble", "2", "20", "2", "2.0"]
     assert marble[1] == ["marble", "+0.50", "+0.60", "+0.50 [+0.50, +0.50] (text)"]
     assert uniform[1] == ["uniform", "+1.00", "-0.20", "-0.20 [-0.20, -0.20] (jpeg)"]
     assert rows(text, "| marble - uniform |") == [["marble - uniform", "+0.70 [+0.70, +0.70]", "larger"]]
@@ -140,6 +157,10 @@ def test_figures_and_numbers_are_reproducible(tmp_path: Path) -> None:
     summary = json.loads(seen[0][3])
     assert summary["gains"]["uniform"]["jpeg"]["mean"] == pytest.approx(-0.02)
     assert summary["within_std"] == {"text": 0.5, "jpeg": 0.1, "objects": 1.0}
+    assert summary["differences"]["uniform"]["mean"] == pytest.approx(0.7)
+    assert summary["equal_compute"]["marble"]["text"]["mean"] == pytest.approx(0.25)
+    assert summary["cosines"]["uniform"]["jpeg, next batch"]["mean"] == pytest.approx(0.3)
+    assert summary["folders"]["uniform"] == [str(tmp_path / "uniform" / f"seed-{s}") for s in range(2)]
 
 
 def test_only_seeds_that_all_have(tmp_path: Path) -> None:
@@ -149,10 +170,54 @@ def test_only_seeds_that_all_have(tmp_path: Path) -> None:
     assert not finished(plans["uniform"][1])
     text = compare(plans, tmp_path, jobs=1, tables_only=True)
     assert text.startswith("1 seeds")
+    assert "One seed: intervals are over prompts alone" in text
     assert "Seeds [1] are left out" in text
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert (summary["seeds"], summary["left_out"]) == ([0], [1])
+    assert summary["cosines"]["marble"]["text, next batch"] == {"mean": -0.1, "low": None, "high": None}
     (plans["marble"][0].run / "metrics.jsonl").unlink()
     with pytest.raises(ConfigError, match="no seed that every rule has finished"):
         compare(plans, tmp_path, jobs=1, tables_only=True)
+
+
+def test_a_run_that_went_on_is_read_up_to_the_epochs_compared(tmp_path: Path) -> None:
+    plans = made_up(tmp_path)
+    before = compare(plans, tmp_path, jobs=1, tables_only=True)
+    for configs in plans.values():
+        with (configs[0].run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            for line in records(configs[0], (9.0, 9.0, 9.0), cpu=1.0):
+                later = {**line, "epoch": line["epoch"] + 2}
+                file.write(json.dumps(later) + "\n" if later["epoch"] > 2 or line["kind"] != "eval" else "")
+    assert compare(plans, tmp_path, jobs=1, tables_only=True) == before
+
+
+def test_cosines_that_do_not_exist_are_passed_over(tmp_path: Path) -> None:
+    plans = made_up(tmp_path, seeds=1)
+    fresh = {"next_cosines": {"text": None, "jpeg": 0.1}, "min_cosine": None, "next_min_cosine": 0.1}
+    with (plans["marble"][0].run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"kind": "refresh", "epoch": 1, **fresh}) + "\n")
+    assert read_run(plans["marble"][0]).cosines == pytest.approx([0.5, 0.0, -0.1, 0.2])
+
+
+def test_a_finished_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    config = made_up(tmp_path)["uniform"][1]
+    other = dataclasses.replace(config, threads=3, log=dataclasses.replace(config.log, trackers=("tensorboard",)))
+    (config.run / "config.toml").write_text(to_toml(other), encoding="utf-8")
+    plan_runs(SETTINGS, ("marble", "uniform"), 2, tmp_path)
+    for wrong in (
+        dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1.0)),
+        dataclasses.replace(config, log=dataclasses.replace(config.log, eval_prompts=4)),
+    ):
+        (config.run / "config.toml").write_text(to_toml(wrong), encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"uniform/seed-1 was made by another configuration"):
+            plan_runs(SETTINGS, ("marble", "uniform"), 2, tmp_path)
+
+
+def test_rules_that_are_not_judged_alike_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "other.toml"
+    file.write_text("[log]\neval_images = 3\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="mine has other rewards or another evaluation than uniform"):
+        plan_runs(SETTINGS, ("uniform", f"mine={file}"), 1, tmp_path)
 
 
 def test_rules_from_files(tmp_path: Path) -> None:
@@ -163,6 +228,8 @@ def test_rules_from_files(tmp_path: Path) -> None:
     assert plans["mine"][1].solve.solver == "cone"
     assert plans["mine"][1].run == tmp_path / "mine" / "seed-1"
     assert (plans["mine"][1].seed, plans["mine"][1].log.trackers) == (1, ())
+    with pytest.raises(ConfigError, match="distinct names"):  # they would share a folder
+        plan_runs(SETTINGS, (f"a:b={file}", f"a-b={file}"), 1, tmp_path)
 
 
 RULES = sorted((ROOT / "reference/experiments/rules").glob("*.toml"))
@@ -196,6 +263,7 @@ def test_rows_behind_a_solve() -> None:
         (("uniform", "uniform"), 1, "distinct names"),
         (("=x.toml",), 1, "distinct names"),
         (("a/b=x.toml",), 1, "distinct names"),
+        (("..=x.toml",), 1, "distinct names"),
         (("mine=missing.toml",), 1, "cannot read missing.toml"),
         (("marbel",), 1, "Did you mean 'marble'"),
         ((), 1, "at least one of each"),
@@ -207,16 +275,22 @@ def test_plans_that_cannot_be(tmp_path: Path, rules: tuple[str, ...], seeds: int
         plan_runs(SETTINGS, rules, seeds, tmp_path)
 
 
-def test_a_failed_run_is_named_and_the_rest_can_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = plan_runs(SETTINGS, ("uniform",), 1, tmp_path)
-    fake = tmp_path / "fake"
-    fake.write_text("#!/bin/sh\necho out of memory\nexit 3\n", encoding="utf-8")
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Let runs be started with a shell script in place of Python."""
+    fake = folder / "fake"
+    fake.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
-    with pytest.raises(
-        TrainingError, match=r"uniform/seed-0 ended with status 3; .*seed-0\.log ends with\nout of memory"
-    ):
-        compare(plans, tmp_path, jobs=1, tables_only=False)
+
+
+def test_a_failed_run_is_named_and_no_other_one_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = plan_runs(SETTINGS, ("uniform", "marble"), 2, tmp_path)
+    slow = f"sleep 1; touch {tmp_path / 'ended'}"
+    stand_in(tmp_path, monkeypatch, f"case $7 in *uniform*) echo out of memory; exit 3;; *) {slow};; esac")
+    message = r"uniform/seed-0 ended with status 3; .*seed-0\.log ends with\nout of memory"
+    with pytest.raises(TrainingError, match=message):
+        compare(plans, tmp_path, jobs=2, tables_only=False)
+    assert (tmp_path / "ended").exists()  # the run beside it was waited for
 
 
 def test_the_command_trains_once_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,19 +301,27 @@ def test_the_command_trains_once_and_goes_on(tmp_path: Path, capsys: pytest.Capt
     common += ["--folder", str(tmp_path / "out")]
     assert main(common) == 0
     first = capsys.readouterr().out
-    assert "uniform/seed-0: done, 0 left" in first
+    assert "seed-0: done, 0 left" in first
     stamps = [path.stat().st_mtime_ns for path in sorted((tmp_path / "out").glob("*/*/metrics.jsonl"))]
     assert len(stamps) == 2
     assert main(common) == 0
     assert "done" not in capsys.readouterr().out
     assert [p.stat().st_mtime_ns for p in sorted((tmp_path / "out").glob("*/*/metrics.jsonl"))] == stamps
-    # more epochs go on from the checkpoints
-    file.write_text(to_toml(dataclasses.replace(tiny, epochs=2)), encoding="utf-8")
-    assert main(common) == 0
-    assert "uniform/seed-0: done" in capsys.readouterr().out
-    metrics = (tmp_path / "out/uniform/seed-0/metrics.jsonl").read_text(encoding="utf-8")
-    kinds = [json.loads(line)["kind"] for line in metrics.splitlines()]
-    assert kinds.count("epoch") == 2
+
+
+def test_a_run_that_was_begun_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = plan_runs(SETTINGS, ("marble", "uniform"), 2, tmp_path)
+    write(plans["marble"][0], records(plans["marble"][0], (1.0, 1.0, 1.0), cpu=1.0))
+    write(plans["uniform"][0], records(plans["uniform"][0], (1.0, 1.0, 1.0), cpu=1.0)[:-1])
+    stand_in(tmp_path, monkeypatch, 'echo "$@" >> ' + str(tmp_path / "seen"))
+    with pytest.raises(ConfigError, match="no seed that every rule has finished"):
+        compare(plans, tmp_path, jobs=1, tables_only=False)
+    command = "-m reference train --config {0}.toml --run {0}"
+    assert (tmp_path / "seen").read_text(encoding="utf-8").splitlines() == [
+        command.format(tmp_path / "uniform/seed-0") + " --resume",
+        command.format(tmp_path / "marble/seed-1"),
+        command.format(tmp_path / "uniform/seed-1"),
+    ]
 
 
 def test_gains_at_a_budget_between_evaluations() -> None:

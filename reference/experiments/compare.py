@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from reference.config import Config, from_toml, to_toml
 from reference.errors import ConfigError, TrainingError
-from reference.experiments.comparison import finished, write_tables
+from reference.experiments.comparison import finished, judged_by, write_tables
 from reference.train import prepare
 from reference.validation import validate
 
@@ -20,24 +21,42 @@ def plan_runs(settings: Config, rules: Sequence[str], seeds: int, folder: Path) 
     """The configuration of every run by label, a rule's name or the name before ``=`` of ``label=file.toml``.
 
     Raises:
-        ConfigError: a label twice, a file that cannot be used, or a configuration that makes no sense.
+        ConfigError: a label twice, a file that cannot be used, a configuration that makes no sense, rules that are not
+            judged alike, or a run in the folder that was made by another configuration.
     """
     plans: dict[str, list[Config]] = {}
+    folders: set[str] = set()
     if not rules or seeds < 1:
         raise ConfigError(f"rules and seeds: expected at least one of each, got {list(rules)} and {seeds}.")
     for rule in rules:
         label, _, file = rule.partition("=")
-        if label in plans or not label or "/" in label:
-            raise ConfigError(f"rules: expected distinct names without a slash, got {list(rules)}.")
+        name = label.replace(":", "-")
+        if name in folders or not re.fullmatch(r"\w[\w.:-]*", label):
+            raise ConfigError(f"rules: expected distinct names of letters, digits and any of _.:-, got {list(rules)}.")
+        folders.add(name)
         config = from_toml(Path(file), settings) if file else dataclasses.replace(settings, balance=label)
         log = dataclasses.replace(config.log, trackers=())
         plans[label] = [
-            dataclasses.replace(config, run=folder / label.replace(":", "-") / f"seed-{seed}", seed=seed, log=log)
-            for seed in range(seeds)
+            dataclasses.replace(config, run=folder / name / f"seed-{seed}", seed=seed, log=log) for seed in range(seeds)
         ]
         validate(plans[label][0])
         prepare(plans[label][0])
+        if judged_by(plans[label][0]) != judged_by(next(iter(plans.values()))[0]):
+            raise ConfigError(f"rules: {label} has other rewards or another evaluation than {next(iter(plans))}.")
+    for config in (config for configs in plans.values() for config in configs):
+        _check_finished(config)
     return plans
+
+
+def _check_finished(config: Config) -> None:
+    """Refuse a finished run that was made by another configuration, as the trainer refuses to resume one."""
+    file = config.run / "config.toml"
+    if not (finished(config) and file.exists()):
+        return
+    found = from_toml(file, Config())
+    same = dataclasses.replace(found, run=config.run, epochs=config.epochs, threads=config.threads, log=config.log)
+    if same != config or judged_by(found) != judged_by(config):
+        raise ConfigError(f"folder: {config.run} was made by another configuration (see its config.toml).")
 
 
 def compare(plans: Mapping[str, Sequence[Config]], folder: Path, *, jobs: int, tables_only: bool) -> str:
@@ -51,17 +70,20 @@ def compare(plans: Mapping[str, Sequence[Config]], folder: Path, *, jobs: int, t
         ConfigError: there is no seed that all rules have.
     """
     if not tables_only:
-        waiting = [
-            config for configs in zip(*plans.values(), strict=True) for config in configs if not finished(config)
-        ]
-        with ThreadPoolExecutor(max_workers=max(jobs, 1)) as pool:
-            try:
-                for left, name in enumerate(pool.map(_train, waiting), start=1):
-                    print(f"{name}: done, {len(waiting) - left} left", flush=True)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        in_turn = [config for configs in zip(*plans.values(), strict=True) for config in configs]
+        _train_all([config for config in in_turn if not finished(config)], jobs)
     return write_tables(plans, folder)
+
+
+def _train_all(waiting: Sequence[Config], jobs: int) -> None:
+    """So many runs at a time. After a failure or Ctrl-C, which reaches the runs as well, no other one begins."""
+    with ThreadPoolExecutor(max_workers=max(jobs, 1)) as pool:
+        try:
+            for left, run in enumerate(as_completed([pool.submit(_train, config) for config in waiting]), start=1):
+                print(f"{run.result()}: done, {len(waiting) - left} left", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _train(config: Config) -> str:
@@ -76,6 +98,6 @@ def _train(config: Config) -> str:
     with log.open("a", encoding="utf-8") as out:
         status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
     if status:
-        last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
+        last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
         raise TrainingError(f"{name} ended with status {status}; {log} ends with\n{last}")
     return name

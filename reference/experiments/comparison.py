@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -44,14 +45,26 @@ def finished(config: Config) -> bool:
     return any(r["epoch"] == config.epochs for r in records(config.run, "eval"))
 
 
+def judged_by(config: Config) -> tuple[object, ...]:
+    """What has to be equal for gains to be compared: the rewards, the base model and the evaluation."""
+    log = config.log
+    evaluation = (log.eval_prompts, log.eval_images, log.eval_steps, config.rollout.sampler)
+    return (config.rewards, log.watch, config.model.base, *evaluation)
+
+
 def read_run(config: Config) -> Run:
-    """A finished run."""
-    kinds = {kind: records(config.run, kind) for kind in ("eval", "epoch", "refresh", "step")}
-    evals, names = kinds["eval"], list(kinds["eval"][0]["per_prompt"])
+    """A finished run, without what it did in later epochs than those of ``config``."""
+    found = records(config.run)
+    evals = [r for r in found if r["kind"] == "eval" and r["epoch"] <= config.epochs]
+    kinds = {
+        kind: [r for r in found if r["kind"] == kind and r["epoch"] < config.epochs]
+        for kind in ("epoch", "refresh", "step")
+    }
+    names = _names(config)
     before = [[r for r in kinds["epoch"] if r["epoch"] < e["epoch"]] for e in evals]
     measured = [r for r in kinds["refresh"] if r["next_cosines"]]
     cosines = [
-        [r["min_cosine"], r["next_min_cosine"], *(number(r["next_cosines"][k]) for k in config.rewards)]
+        [number(x) for x in (r["min_cosine"], r["next_min_cosine"], *(r["next_cosines"][k] for k in config.rewards))]
         for r in measured
     ]
     return Run(
@@ -59,9 +72,14 @@ def read_run(config: Config) -> Run:
         np.array([float(sum(r["cpu_seconds"] for r in rs)) for rs in before]),
         np.array([[[number(x) for x in e["per_prompt"][k]] for k in names] for e in evals]).transpose(0, 2, 1),
         np.array([number(evals[0]["within_std"][k]) or np.nan for k in names]),
-        np.array(cosines).mean(0) if measured else np.full(2 + len(config.rewards), np.nan),
+        np.array([student(column).mean for column in np.array(cosines).reshape(-1, 2 + len(config.rewards)).T]),
         len(kinds["step"]),
     )
+
+
+def _names(config: Config) -> list[str]:
+    """The rewards in the tables: those that are trained, then those that are held out."""
+    return [*config.rewards, *(name for name in config.log.watch if name not in config.rewards)]
 
 
 def write_tables(plans: Mapping[str, Sequence[Config]], folder: Path) -> str:
@@ -70,35 +88,74 @@ def write_tables(plans: Mapping[str, Sequence[Config]], folder: Path) -> str:
     common = [s for s in range(S) if all(finished(configs[s]) for configs in plans.values())]
     if not common:
         raise ConfigError(f"folder: there is no seed that every rule has finished in {folder}.")
+    left = sorted(set(range(S)) - set(common))
     runs = {label: [read_run(configs[s]) for s in common] for label, configs in plans.items()}
     config = next(iter(plans.values()))[0]
-    names = [*config.rewards, *(name for name in config.log.watch if name not in config.rewards)]
-    sigma = next(iter(runs.values()))[0].std
+    names, sigma = _names(config), next(iter(runs.values()))[0].std
     gains = {label: np.stack([run.scores[-1] - run.scores[0] for run in found]) for label, found in runs.items()}
-    tables = {
-        "runs": _runs_table(runs),
-        "gains": _gains_table(gains, runs, names, config),
-        "standardized": _standardized_table(gains, sigma, config),
-        "differences": _difference_table(gains, sigma, config),
-        "equal compute": _equal_table(runs, sigma, names, config),
-        "cosines": _cosine_table(runs, config),
-    }
-    left = sorted(set(range(S)) - set(common))
+    numbers = summarize(runs, gains, config)
     head = f"{len(common)} seeds, {config.log.eval_prompts} held-out prompts, {config.log.eval_images} images each."
+    head += " One seed: intervals are over prompts alone, and say nothing about other seeds." * (len(common) == 1)
     head += f" Seeds {left} are left out: not every rule has finished them." if left else ""
-    text = "\n\n".join([head, *(f"{_TITLES[key]}\n\n{table}" for key, table in tables.items())])
+    text = "\n\n".join([head, *(f"{_TITLES[key]}\n\n{table}" for key, table in _tables(numbers, config).items())])
     (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
-    summary = {"seeds": common, "config": to_toml(config), "within_std": dict(zip(names, sigma.tolist(), strict=True))}
-    summary["gains"] = {
-        label: {k: crossed_interval(x[:, :, i])._asdict() for i, k in enumerate(names)} for label, x in gains.items()
-    }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    made = {label: [str(configs[s].run) for s in common] for label, configs in plans.items()}
+    about = {"seeds": common, "left_out": left, "folders": made, "config": to_toml(config)}
+    (folder / "summary.json").write_text(json.dumps(_plain(about | numbers), indent=1) + "\n", encoding="utf-8")
+    rows = {label: rows_a_solve(configs[0]) for label, configs in plans.items()}
     with matplotlib.rc_context({"svg.hashsalt": "marble"}):  # the same files from the same runs
         _gains_figure(gains, sigma, names).savefig(folder / "gains.svg", metadata={"Date": None})
         _curves_figure(runs, names).savefig(folder / "curves.svg", metadata={"Date": None})
-        rows = {label: rows_a_solve(configs[0]) for label, configs in plans.items()}
-        _worst_figure(gains, sigma, config, rows).savefig(folder / "worst.svg", metadata={"Date": None})
+        _worst_figure(numbers["smallest"], rows).savefig(folder / "worst.svg", metadata={"Date": None})
     return text
+
+
+def summarize(runs: Mapping[str, Sequence[Run]], gains: Mapping[str, Array], config: Config) -> dict[str, Any]:
+    """All numbers of the tables, each by rule and, where there is one for each, by reward."""
+    first, *others = runs
+    names, K, sigma = _names(config), len(config.rewards), runs[first][0].std
+    standard = {label: x / sigma for label, x in gains.items()}
+    draws = smallest({label: x[:, :, :K] for label, x in standard.items()})
+    budget = min(float(np.mean([run.cpu[-1] for run in found])) for found in runs.values())
+    equal = {label: np.stack([_at(run, budget) for run in found]) / sigma for label, found in runs.items()}
+    cosines = {label: np.stack([run.cosines for run in found]).T for label, found in runs.items()}
+    columns = ("smallest, same batch", "smallest, next batch", *(f"{k}, next batch" for k in config.rewards))
+    return {
+        "runs": {label: _totals(found) for label, found in runs.items()},
+        "before": {k: student(column).mean for k, column in zip(names, runs[first][0].scores[0].T, strict=True)},
+        "within_std": dict(zip(names, sigma.tolist(), strict=True)),
+        "gains": _estimates(gains, names),
+        "standardized": _estimates(standard, names),
+        "smallest": {label: percentile(x) for label, x in draws.items()},
+        "differences": {label: percentile(draws[first] - draws[label]) for label in others},
+        "budget": budget / 60,
+        "equal_compute": _estimates(equal, names),
+        "cosines": {label: dict(zip(columns, map(student, x), strict=True)) for label, x in cosines.items()},
+    }
+
+
+def _totals(found: Sequence[Run]) -> dict[str, float]:
+    """What a rule's runs took, the mean over seeds."""
+    totals = {
+        "images": [run.images[-1] for run in found],
+        "steps": [run.steps for run in found],
+        "CPU minutes": [run.cpu[-1] / 60 for run in found],
+    }
+    return {"seeds": len(found)} | {key: float(np.mean(x)) for key, x in totals.items()}
+
+
+def _estimates(values: Mapping[str, Array], names: Sequence[str]) -> dict[str, dict[str, Estimate]]:
+    """Mean and interval by rule and reward."""
+    return {label: {k: crossed_interval(x[:, :, i]) for i, k in enumerate(names)} for label, x in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: intervals as objects, null for NaN."""
+    if isinstance(value, Estimate):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 _TITLES = {
@@ -128,64 +185,71 @@ def _cell(e: Estimate, digits: int = 3) -> str:
     return text if np.isnan(e.low) else f"{text} [{e.low:+.{digits}f}, {e.high:+.{digits}f}]"
 
 
-def _runs_table(runs: Mapping[str, Sequence[Run]]) -> str:
+def _tables(numbers: dict[str, Any], config: Config) -> dict[str, str]:
+    """Every table by its key."""
+    null = f"(noise alone: {len(config.rewards) ** -0.5:.3f})"
+    columns = [f"{k} {null}" if "same" in k else k for k in next(iter(numbers["cosines"].values()))]
+    cosines = [[label, *map(_cell, x.values())] for label, x in numbers["cosines"].items()]
+    return {
+        "runs": _runs_table(numbers["runs"]),
+        "gains": _gains_table(numbers, config),
+        "standardized": _standardized_table(numbers, config),
+        "differences": _difference_table(numbers),
+        "equal compute": _equal_table(numbers, config),
+        "cosines": _table(["rule", *columns], cosines),
+    }
+
+
+def _runs_table(runs: Mapping[str, Mapping[str, float]]) -> str:
     rows = [
-        [label, f"{np.mean([r.images[-1] for r in found]):,.0f}", f"{np.mean([r.steps for r in found]):.0f}",
-         f"{np.mean([r.cpu[-1] for r in found]) / 60:.1f}"]
-        for label, found in runs.items()
-    ]  # fmt: skip
-    return _table(["rule", "images", "steps", "CPU minutes without evaluation"], rows)
+        [label, f"{x['seeds']}", f"{x['images']:,.0f}", f"{x['steps']:.0f}", f"{x['CPU minutes']:.1f}"]
+        for label, x in runs.items()
+    ]
+    return _table(["rule", "seeds", "images", "steps", "CPU minutes without evaluation"], rows)
 
 
-def _gains_table(
-    gains: Mapping[str, Array], runs: Mapping[str, Sequence[Run]], names: Sequence[str], config: Config
-) -> str:
+def _gains_table(numbers: dict[str, Any], config: Config) -> str:
     """Gains of every reward, one column a rule."""
-    base = next(iter(runs.values()))[0].scores[0]
     rows = []
-    for k, name in enumerate(names):
-        cells = []
-        for x in gains.values():
-            e = crossed_interval(x[:, :, k])
-            cells.append(_cell(e) + (" raised" if e.low > 0 else " **lowered**" if e.high < 0 else ""))
+    for name, before in numbers["before"].items():
+        cells = [_cell(x[name]) + _direction(x[name]) for x in numbers["gains"].values()]
         title = name if name in config.rewards else f"{name} (not trained)"
-        rows.append([title, f"{student(base[:, k]).mean:.3f}", *cells])
-    return _table(["reward", "before", *gains], rows)
+        rows.append([title, f"{before:.3f}", *cells])
+    return _table(["reward", "before", *numbers["gains"]], rows)
 
 
-def _standardized_table(gains: Mapping[str, Array], sigma: Array, config: Config) -> str:
+def _direction(e: Estimate) -> str:
+    """What an interval allows to say."""
+    return " raised" if e.low > 0 else " **lowered**" if e.high < 0 else ""
+
+
+def _standardized_table(numbers: dict[str, Any], config: Config) -> str:
     """Gains in standard deviations, and the smallest."""
-    K = len(config.rewards)
-    draws = smallest({label: x[:, :, :K] / sigma[:K] for label, x in gains.items()})
     rows = []
-    for label, x in gains.items():
-        mean = np.array([crossed_interval(x[:, :, k] / sigma[k]).mean for k in range(K)])
-        worst = config.rewards[int(mean.argmin())]
-        rows.append([label, *(f"{m:+.2f}" for m in mean), f"{_cell(percentile(draws[label]), 2)} ({worst})"])
+    for label, x in numbers["standardized"].items():
+        mean = {k: x[k].mean for k in config.rewards}
+        cells = [f"{m:+.2f}" for m in mean.values()]
+        rows.append([label, *cells, f"{_cell(numbers['smallest'][label], 2)} ({min(mean, key=mean.__getitem__)})"])
     return _table(["rule", *config.rewards, "smallest"], rows)
 
 
-def _difference_table(gains: Mapping[str, Array], sigma: Array, config: Config) -> str:
+def _difference_table(numbers: dict[str, Any]) -> str:
     """What the first rule's smallest gain has over the others'."""
-    K = len(config.rewards)
-    draws = smallest({label: x[:, :, :K] / sigma[:K] for label, x in gains.items()})
-    first, rows = next(iter(gains)), []
-    for label in list(gains)[1:]:
-        e = percentile(draws[first] - draws[label])
+    first, rows = next(iter(numbers["smallest"])), []
+    for label, e in numbers["differences"].items():
         verdict = "larger" if e.low > 0 else "smaller" if e.high < 0 else "not told apart"
         rows.append([f"{first} - {label}", _cell(e, 2), verdict])
     return _table(["rules", "difference", "verdict"], rows)
 
 
-def _equal_table(runs: Mapping[str, Sequence[Run]], sigma: Array, names: Sequence[str], config: Config) -> str:
+def _equal_table(numbers: dict[str, Any], config: Config) -> str:
     """Standardized gains at the compute of the cheapest rule."""
-    budget = min(float(np.mean([run.cpu[-1] for run in found])) for found in runs.values())
-    rows, K = [], len(config.rewards)
-    for label, found in runs.items():
-        at = np.stack([_at(run, budget) for run in found])
-        cells = [crossed_interval(at[:, :, k] / sigma[k]) for k in range(K)]
-        rows.append([label, *(_cell(e, 2) for e in cells), f"{min(e.mean for e in cells):+.2f}"])
-    return f"Budget: {budget / 60:.1f} CPU minutes.\n\n" + _table(["rule", *names[:K], "smallest"], rows)
+    rows = []
+    for label, x in numbers["equal_compute"].items():
+        found = [x[k] for k in config.rewards]
+        rows.append([label, *(_cell(e, 2) for e in found), f"{min(e.mean for e in found):+.2f}"])
+    table = _table(["rule", *config.rewards, "smallest"], rows)
+    return f"Budget: {numbers['budget']:.1f} CPU minutes.\n\n{table}"
 
 
 def _at(run: Run, cpu: float) -> Array:
@@ -195,16 +259,6 @@ def _at(run: Run, cpu: float) -> Array:
     share = min((cpu - run.cpu[after - 1]) / max(run.cpu[after] - run.cpu[after - 1], 1e-9), 1.0)
     mixed: Array = (1 - share) * gain[after - 1] + share * gain[after]
     return mixed
-
-
-def _cosine_table(runs: Mapping[str, Sequence[Run]], config: Config) -> str:
-    """Cosines on the same and on the next batch."""
-    rows = []
-    for label, found in runs.items():
-        x = np.stack([run.cosines for run in found])
-        rows.append([label, *(_cell(student(x[:, i])) for i in range(x.shape[1]))])
-    null = f"smallest, same batch (noise alone: {len(config.rewards) ** -0.5:.3f})"
-    return _table(["rule", null, "smallest, next batch", *(f"{k}, next batch" for k in config.rewards)], rows)
 
 
 def _gains_figure(gains: Mapping[str, Array], sigma: Array, names: Sequence[str]) -> Figure:
@@ -253,14 +307,12 @@ def rows_a_solve(config: Config) -> int | None:
     return round(images * (config.loss.timesteps_per_image or training_times(config)) * rule.accumulate * memory)
 
 
-def _worst_figure(gains: Mapping[str, Array], sigma: Array, config: Config, rows: Mapping[str, int | None]) -> Figure:
+def _worst_figure(worst: Mapping[str, Estimate], rows: Mapping[str, int | None]) -> Figure:
     """Gain of the worst reward against the rows behind a solve; rules that solve nothing as lines."""
-    K = len(config.rewards)
-    draws = smallest({label: x[:, :, :K] / sigma[:K] for label, x in gains.items()})
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for i, (label, draw) in enumerate(draws.items()):
-        e, color, x = percentile(draw), _PENS[i % len(_PENS)], rows[label]
+    for i, (label, e) in enumerate(worst.items()):
+        color, x = _PENS[i % len(_PENS)], rows[label]
         if x is None:
             axes.axhline(e.mean, color=color, label=label)
             axes.axhspan(e.low, e.high, color=color, alpha=0.12, lw=0)
