@@ -45,7 +45,7 @@ class Point(NamedTuple):
     Attributes:
         rows: behind a solve.
         batches: number of batches.
-        share: of each reward in the coefficients.
+        share: of each reward in the coefficients; 0 for the weighted sum, which has a gradient of its own.
         share_sd: its spread from batch to batch.
         same: cosines with the batch's own gradients.
         next: cosines with another batch's, NaN where there is only one.
@@ -90,7 +90,11 @@ def diagnose(config: Config, *, run: Path | None, units: int, held_out: int, ske
     if config.threads:
         torch.set_num_threads(config.threads)
     folder.mkdir(parents=True, exist_ok=True)
-    key = f"{config} {run} {units} {held_out} {sketch}"
+    newest = max((run / "checkpoints").glob("step-*.ckpt"), default=None) if run is not None else None
+    essentials = (config.model, config.rollout, config.loss, config.rewards, config.reward_weights, config.seed)
+    key = repr(
+        (*essentials, config.log.eval_prompts, run and (run.name, newest and newest.name), units, held_out, sketch)
+    )
     saved = torch.load(folder / "bank.pt", weights_only=True) if (folder / "bank.pt").exists() else {}
     if saved.get("key") != key:
         saved = collect(config, run, units, held_out, sketch) | {"key": key}
@@ -167,8 +171,8 @@ def curve(bank: Bank, label: str, config: Config, best: float) -> list[Point]:
     K = len(config.rewards)
     gains = bank.gains
     prior = soft_min_weights(gains, torch.tensor(rule.prior or [1.0] * K, dtype=torch.float64), rule.softmin)
-    sizes = [2**i for i in range(1, 20) if 2 ** (i + 1) <= bank.training] + [bank.training // 2]
-    return [_point(bank, rule, prior, n, K, best) for n in dict.fromkeys(sizes)]
+    sizes = sorted({bank.training // 2**i for i in range(1, 20) if bank.training // 2**i >= 2})
+    return [_point(bank, rule, prior, n, K, best) for n in sizes]
 
 
 def _point(bank: Bank, rule: Rule, prior: Tensor, n: int, K: int, best: float) -> Point:
@@ -277,7 +281,7 @@ def _tables(
     for label, points in table.items():
         for p in points:
             gains = " | ".join(f"{g:+.2f} ± {e:.2f}" for g, e in zip(p.gain, p.gain_error, strict=True))
-            shares = ", ".join(f"{s:.2f} ± {d:.2f}" for s, d in zip(p.share, p.share_sd, strict=True))
+            shares = ", ".join(f"{s:.2f} ± {d:.2f}" for s, d in zip(p.share, p.share_sd, strict=True) if p.share.any())
             cosines = " | ".join(map(_cosine, p.minima))
             lines.append(f"| {label} | {p.rows:,} | {gains} | {p.gain.min():+.2f} | {cosines} | {shares} |")
     lines.append(
