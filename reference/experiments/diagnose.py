@@ -309,7 +309,7 @@ def _plot(names: Sequence[str], table: Mapping[str, list[Point]]) -> Figure:
         x = [p.rows for p in points]
         worst = np.array([(p.gain[k := int(p.gain.argmin())], p.gain_error[k]) for p in points]).T
         left.plot(x, worst[0], color=color, linestyle=dash, label=label)
-        left.fill_between(x, worst[0] - 1.96 * worst[1], worst[0] + 1.96 * worst[1], color=color, alpha=0.12, lw=0)
+        left.fill_between(x, worst[0] - 1.96 * worst[1], worst[0] + 1.96 * worst[1], color=color, alpha=0.06, lw=0)
         middle.plot(x, [p.minima[0] for p in points], color=color, linestyle=dash)
         right.plot(x, [p.minima[1] for p in points], color=color, linestyle=dash)
     middle.axhline(1 / math.sqrt(len(names)), color="0.4", lw=0.8, ls=":")
