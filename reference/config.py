@@ -309,7 +309,7 @@ def preset(name: Preset) -> Config:
         return Config()
     if name == "demo":
         log = LogConfig(eval_every=0, eval_prompts=40, save_every=0)
-        return Config(run=Path("runs/demo"), epochs=18, rollout=RolloutConfig(prompts_per_epoch=6), log=log)
+        return Config(run=Path("runs/demo"), epochs=18, rollout=RolloutConfig(pool=30, prompts_per_epoch=6), log=log)
     rollout = RolloutConfig(pool=4, prompts_per_epoch=2, images_per_prompt=4, steps=3, batch=8)
     loss = LossConfig(timesteps_per_image=2)
     optim = OptimConfig(micro_batch=8)

@@ -117,19 +117,20 @@ def observe(
     whole = {name: (a[name] + b[name]) / 2 for name in a}
     if shared is not None:
         whole = {name: x + shared[name] for name, x in whole.items()}
-    halves, batch = cross_gram(_weighted(a, metric), b), gram_matrix(whole, inv_metric=metric)
+    # K x K numbers live on the host, where they are solved
+    halves, batch = cross_gram(_weighted(a, metric), b).cpu(), gram_matrix(whole, inv_metric=metric).cpu()
     state, signal = _shares(state, (halves + halves.mT) / 2, batch)
     rows = whole
     if rule.gram == "moment_halves":
         mean, m_a = update_moments(state.mean, a, decay=rule.decay)
         mean_b, m_b = update_moments(state.mean_b, b, decay=rule.decay)
-        state, gram = state._replace(mean=mean, mean_b=mean_b), psd_part(cross_gram(_weighted(m_a, metric), m_b))
+        state, gram = state._replace(mean=mean, mean_b=mean_b), psd_part(cross_gram(_weighted(m_a, metric), m_b).cpu())
         rows = {name: (m_a[name] + m_b[name]) / 2 for name in a}
     elif rule.gram == "moments" or rule.step == "moments":
         mean, rows = update_moments(state.mean, whole, decay=rule.decay)
         state = state._replace(mean=mean)
     if rule.gram == "moments":
-        gram = gram_matrix(rows, inv_metric=metric)
+        gram = gram_matrix(rows, inv_metric=metric).cpu()
     elif rule.gram != "moment_halves":
         state, gram = _averaged(state, whole, halves, batch, rule, metric)
     state = state._replace(sum=_zeros(state.sum), sum_b=_zeros(state.sum_b))
@@ -143,7 +144,7 @@ def _averaged(
     new = batch if rule.gram == "batch" else halves
     if rule.gram == "consecutive":
         seen = any(bool(x.any()) for x in state.last.values())
-        new = cross_gram(_weighted(whole, metric), state.last) if seen else batch
+        new = cross_gram(_weighted(whole, metric), state.last).cpu() if seen else batch
         state = state._replace(last=whole)
         if not seen:
             return state, new

@@ -87,6 +87,7 @@ def epoch(number: int, *warnings: str) -> dict[str, Any]:
         "images": 144,
         "seconds": {"sample": 60.0, "score": 6.0, "train": 24.0},
         "rewards": {"objects": {"mean": 0.5, "std": 0.2, "n": 100}},
+        "gains": {"objects": 0.1, "text": None},
         "warnings": list(warnings),
     }
 
@@ -100,6 +101,7 @@ def refresh(step: int, minimum: float | None, following: float | None) -> dict[s
         "smoothed": two,
         "coefficients": two,
         "norms": {"objects": 1e-3 * step, "text": 0.0},
+        "signal_share": {"objects": 0.01, "text": -0.01},
         "active": {"objects": True, "text": False},
         "cosines": {"objects": minimum, "text": minimum},
         "min_cosine": minimum,
@@ -210,11 +212,11 @@ def test_images_are_embedded(page: Page) -> None:
 
 
 def test_plots_are_named_and_rewards_keep_their_colour(page: Page) -> None:
-    labels = ["objects", "text", "size", "Smoothed weights", "Applied coefficients", "full", "Norms"]
-    assert page.values("aria-label") == [*labels, "loss", "grad_norm", "kl", "x0_abs"]
+    labels = ["objects", "text", "size", "Smoothed weights", "Applied coefficients", "Gains so far", "full"]
+    assert page.values("aria-label") == [*labels, "Norms", "Signal shares", "loss", "grad_norm", "kl", "x0_abs"]
     keys = re.findall(r'<i style="border-top:3px (\w+) (#\w+)"></i>(objects|text)', page.html)
     assert set(keys) == {("solid", "#0072b2", "objects"), ("solid", "#d55e00", "text")}
-    assert len(keys) == 6
+    assert len(keys) == 10
 
 
 def assert_self_contained(page: Page) -> None:
@@ -289,7 +291,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
 
 
 def test_missing_parts_are_named_in_one_line(tmp_path: Path) -> None:
-    page = Page(write_report(write_run(tmp_path / "run", epoch(0))))
+    page = Page(write_report(write_run(tmp_path / "run", {**epoch(0), "gains": {}})))
     assert page.inside("h2") == ["Warnings"]
     notes = [text for text in page.inside("p") if "left out" in text]
     assert [note.split(" left out")[0] for note in notes] == [title for title in ORDER if title != "Warnings"]
