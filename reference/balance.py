@@ -29,7 +29,7 @@ from marble_core import (
 )
 from reference.config import SOLVERS, LossConfig, Rule
 from reference.estimate import Estimate, Signal, Tree, collect, init_estimate, observe
-from reference.policy import Policy, active, parameters, velocity
+from reference.policy import Policy, active, merged, parameters, velocity
 from reference.scoring import load_callable
 
 
@@ -349,7 +349,7 @@ def _terms(policy: Policy, rows: Rows, loss: LossConfig) -> tuple[Tensor, Tensor
     x_t = (1 - t) * rows.x0 + t * rows.noise
     condition = (rows.embeds, rows.pooled)
     with torch.no_grad():
-        with active(policy, "old"):
+        with merged(policy, "old"):
             v_old = velocity(policy, x_t, rows.t, condition)
         if loss.kl_weight > 0:
             with active(policy, "base"):

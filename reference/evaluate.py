@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from reference.base import Base
-from reference.policy import Adapter, Policy, active, velocity, weights_of
+from reference.policy import Adapter, Policy, merged, velocity, weights_of
 from reference.rollout import Sampler, sample
 from reference.scoring import Reward, Scores, score
 
@@ -49,7 +49,7 @@ def generate(
     """
     embeds, pooled = base.encode(prompts)
     latents = []
-    with torch.no_grad(), active(policy, adapter):
+    with torch.no_grad(), merged(policy, adapter):
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
             condition = (embeds[part], pooled[part])

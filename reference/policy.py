@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 Adapter = Literal["default", "old", "base"]
@@ -91,6 +92,31 @@ def active(policy: Policy, adapter: Adapter) -> Iterator[None]:
         model.set_adapter("default")
         for p, flag in flags:
             p.requires_grad_(flag)
+
+
+@contextmanager
+def merged(policy: Policy, adapter: Adapter) -> Iterator[None]:
+    """Like ``active``, faster, for passes without a gradient: the adapter is added to the weights meanwhile.
+
+    Equal to rounding, so only where the weights are float32 or wider; otherwise it is ``active``. The weights' own
+    tensors are put back afterwards, untouched.
+    """
+    layers = [module for module in policy.model.modules() if isinstance(module, LoraLayer)]
+    weights = [layer.get_base_layer().weight for layer in layers]
+    if adapter == "base" or any(w.dtype not in (torch.float32, torch.float64) for w in weights):
+        with active(policy, adapter):
+            yield
+        return
+    own = [w.data for w in weights]
+    try:
+        with torch.no_grad():
+            for layer, w in zip(layers, weights, strict=True):
+                w.data = w.data + layer.get_delta_weight(adapter)
+        with active(policy, "base"):
+            yield
+    finally:
+        for w, data in zip(weights, own, strict=True):
+            w.data = data
 
 
 @contextmanager

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from reference.policy import (
     ATTENTION,
+    Adapter,
     Policy,
     active,
     adapter_state,
     add_lora,
     load_adapter,
+    merged,
     parameters,
     velocity,
     weights_of,
@@ -173,3 +175,38 @@ def test_the_model_is_asked_at_the_schedulers_own_times() -> None:
     assert len(times(scheduler, 4)) == len(sigma)
     assert (times(scheduler, 4).diff() < 0).all()
     assert (times(scheduler, 4) > 0).all()
+
+
+@pytest.mark.parametrize("adapter", ["default", "old", "base"])
+def test_merged_weights_are_the_adapter_to_rounding(policy: Policy, adapter: Adapter) -> None:
+    before = {name: (p, p.data_ptr(), p.detach().clone()) for name, p in policy.model.named_parameters()}
+    flags = {name: p.requires_grad for name, p in policy.model.named_parameters()}
+    with active(policy, adapter):
+        expected = run(policy)
+    with merged(policy, adapter):
+        found = run(policy)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert {name: p.requires_grad for name, p in policy.model.named_parameters()} == flags
+    for name, p in policy.model.named_parameters():
+        same, pointer, value = before[name]
+        assert p is same
+        assert p.data_ptr() == pointer
+        assert torch.equal(p, value)
+
+
+def test_merged_weights_are_put_back_after_an_error(policy: Policy) -> None:
+    before = run(policy)
+    with pytest.raises(KeyError, match="inside"), merged(policy, "old"):
+        raise KeyError("inside")
+    assert torch.equal(run(policy), before)
+
+
+def test_weights_of_low_precision_are_not_merged(policy: Policy) -> None:
+    """Adding a small update to a bfloat16 weight would round most of it away."""
+    policy.model.bfloat16()
+    x_t, t, (embeds, pooled) = INPUT
+    found = []
+    for context in (active, merged):
+        with context(policy, "old"), torch.no_grad():
+            found.append(velocity(policy, x_t.bfloat16(), t.bfloat16(), (embeds.bfloat16(), pooled.bfloat16())))
+    assert torch.equal(*found)
