@@ -228,9 +228,11 @@ def _smallest(x: Array) -> float:
 
 
 def direction(bank: Bank, rule: Rule, prior: Tensor, units: Indices, K: int) -> Array:
-    """Coefficients ``[K + 2]`` of a rule's direction, from the units of a batch, over their mean gradients."""
+    """Coefficients ``[K + 2]`` of a rule's direction, from the units of a batch, over their mean gradients.
+
+    Without the shared part, which every rule adds to its step alike; a rule that balances full gradients has it in them.
+    """
     x = np.zeros(K + 2)
-    x[K + 1] = 1.0
     if rule.kind != "solve":
         x[:K], x[K] = (1 / K, 0.0) if rule.kind == "uniform" else (0.0, 1.0)
         return x
