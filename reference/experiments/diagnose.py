@@ -230,7 +230,7 @@ def _smallest(x: Array) -> float:
 def direction(bank: Bank, rule: Rule, prior: Tensor, units: Indices, K: int) -> Array:
     """Coefficients ``[K + 2]`` of a rule's direction, from the units of a batch, over their mean gradients.
 
-    Without the shared part, which every rule adds to its step alike; a rule that balances full gradients has it in them.
+    Without the shared part, which every rule adds to its step alike; one that balances full gradients has it in them.
     """
     x = np.zeros(K + 2)
     if rule.kind != "solve":
