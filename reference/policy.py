@@ -55,6 +55,15 @@ def add_lora(
     return policy
 
 
+def compile_blocks(policy: Policy) -> None:
+    """Compile each transformer block, in place: the same kernels serve all blocks of a kind, so this is quick for deep
+    models. Every batch size and every adapter makes a variant of its own."""
+    # blocks share their code, so torch counts the variants of all of them together
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for block in policy.model.get_base_model().transformer_blocks:
+        block.compile(dynamic=False)
+
+
 def parameters(policy: Policy, adapter: Literal["default", "old"] = "default") -> dict[str, torch.nn.Parameter]:
     """The tensors of an adapter, under the names of ``default``, in a fixed order."""
     named = dict(policy.model.named_parameters())

@@ -34,7 +34,7 @@ from reference.config import SOLVERS, Config, Rule, rule_of
 from reference.errors import Interrupted, RewardError, TrainingError
 from reference.evaluate import evaluate, generator, interval, prompt_means, within_std
 from reference.live import Live, save_grid
-from reference.policy import Policy, adapter_state, add_lora, load_adapter, parameters
+from reference.policy import Policy, adapter_state, add_lora, compile_blocks, load_adapter, parameters
 from reference.progress import Progress, gains_of, init_progress, update_progress
 from reference.prompts import training_prompts, world_prompts
 from reference.report import write_report
@@ -86,6 +86,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
         targets=config.model.lora_targets,
         seed=config.seed,
     )
+    if config.model.compile:
+        compile_blocks(policy)
     o = config.optim
     optimizer = torch.optim.AdamW(
         parameters(policy).values(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, eps=o.eps
