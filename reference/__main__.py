@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ class Train:
 
     settings: Annotated[Config, tyro.conf.arg(name="")]
     preset: Preset = "world"
-    """Starting values: world (20-30 minutes on two cores), demo (minutes), tiny (seconds)."""
+    """Starting values: world (20-30 minutes on two cores), demo (minutes), tiny (seconds), sd35m, sd35m-single-gpu."""
     config: Path | None = None
     """TOML file with values for some of the fields, such as the config.toml of another run."""
     resume: bool = False
@@ -153,7 +154,7 @@ class Report:
 def train_arguments(argv: Sequence[str]) -> Train:
     """Parse the flags of ``train``: the preset and the file first, as they are the defaults of all other flags."""
     first = argparse.ArgumentParser(prog="python -m reference train", add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=("world", "demo", "tiny"), default="world")
+    first.add_argument("--preset", choices=typing.get_args(Preset), default="world")
     first.add_argument("--config", type=Path)
     known, _ = first.parse_known_args(argv)
     settings = preset(known.preset)

@@ -40,11 +40,12 @@ class Rows(NamedTuple):
         x0: ``[B, C, H, W]``, clean latents.
         noise: ``[B, C, H, W]``.
         t: ``[B]``.
-        embeds: ``[B, L, D]``, prompt embeddings.
-        pooled: ``[B, D']``, pooled prompt embeddings.
+        embeds: ``[P, L, D]``, embeddings of the prompts, where the model is; the rest may be elsewhere.
+        pooled: ``[P, D']``, pooled ones.
         A: ``[B, K]``, advantages, one column a reward.
         A_sum: ``[B]``, advantages of the weighted sum of the raw rewards.
         half: ``[B]``, 0 and then 1: the two halves share no prompt.
+        prompt: ``[B]``, which of the P prompts is a row's.
     """
 
     x0: Tensor
@@ -55,6 +56,7 @@ class Rows(NamedTuple):
     A: Tensor
     A_sum: Tensor
     half: Tensor
+    prompt: Tensor
 
 
 class Balance(NamedTuple):
@@ -239,10 +241,16 @@ def signal_weights(rule: Rule, balance: Balance, a_max: float, step: Step) -> Ca
     return lambda A, A_sum: (interpolation(A, a_max=a_max) - 0.5) @ c.to(A)
 
 
+def part_of(rows: Rows, part: slice) -> Rows:
+    """Some of the rows, with the embeddings of all prompts."""
+    own = [name for name in Rows._fields if name not in ("embeds", "pooled")]
+    return rows._replace(**{name: getattr(rows, name)[part] for name in own})
+
+
 def micro_batches(rows: Rows, size: int) -> Iterator[Rows]:
-    """The rows, ``size`` at a time."""
+    """The rows, ``size`` at a time, where the model is."""
     for start in range(0, rows.x0.shape[0], size):
-        yield Rows(*(x[start : start + size] for x in rows))
+        yield Rows(*(x.to(rows.embeds.device) for x in part_of(rows, slice(start, start + size))))
 
 
 def _plain(
@@ -287,7 +295,7 @@ def _halves(
         h, shared, log = all_rows(policy, rows, rule, loss, weigh, micro_batch)
         whole, own = {name: x[:K] for name, x in h.items()}, {name: x[-1] for name, x in h.items()}
         return whole, whole, None if weigh is None else own, shared, log
-    parts = Rows(*(x[:first] for x in rows)), Rows(*(x[first:] for x in rows))
+    parts = part_of(rows, slice(first)), part_of(rows, slice(first, B))
     (h_a, shared_a, log_a), (h_b, shared_b, log_b) = (
         all_rows(policy, part, rule, loss, weigh, micro_batch) for part in parts
     )
@@ -348,7 +356,7 @@ def _terms(policy: Policy, rows: Rows, loss: LossConfig) -> tuple[Tensor, Tensor
     """``prox``, ``signal`` and squared distance to the base of every row ``[B]``, and sums over rows to log."""
     t = rows.t.reshape(-1, 1, 1, 1)
     x_t = (1 - t) * rows.x0 + t * rows.noise
-    condition = (rows.embeds, rows.pooled)
+    condition = (rows.embeds[rows.prompt], rows.pooled[rows.prompt])
     with torch.no_grad():
         with merged(policy, "old"):
             v_old = velocity(policy, x_t, rows.t, condition)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,17 +12,20 @@ from marble_core import group_advantages
 from reference.balance import Rows
 from reference.base import Base
 from reference.config import Config, training_times
-from reference.evaluate import generate, generator
+from reference.evaluate import generate_batches, generator
 from reference.policy import Policy
-from reference.prompts import prompts_of_epoch
+from reference.prompt_files import Prompt
+from reference.prompts import Pool, prompts_of_epoch
 from reference.rollout import times
-from reference.scoring import Reward, Scores, score
+from reference.scorer import Scorer, score_images
+from reference.scoring import Scores
 
 
 class Rollout(NamedTuple):
-    """The images of an epoch, one prompt's side by side: prompts, latents ``[N, C, H, W]`` and scores ``[N, K]``."""
+    """The images of an epoch, one prompt's side by side: prompts, latents ``[N, C, H, W]`` on the CPU and scores
+    ``[N, K]``."""
 
-    prompts: list[str]
+    prompts: list[Prompt]
     x0: Tensor
     scores: Scores
 
@@ -30,8 +33,8 @@ class Rollout(NamedTuple):
 def sample_epoch(
     policy: Policy,
     base: Base,
-    rewards: Mapping[str, Reward],
-    pool: Sequence[str],
+    scorer: Scorer,
+    pool: Pool,
     config: Config,
     epoch: int,
     on_sampled: Callable[[], None] = lambda: None,
@@ -39,7 +42,7 @@ def sample_epoch(
     """Draw an epoch's images from the old policy and score them.
 
     Args:
-        on_sampled: called between the two, for clocks and progress.
+        on_sampled: called when the last image is there, for clocks and progress.
 
     Raises:
         RewardError: a reward failed.
@@ -48,9 +51,17 @@ def sample_epoch(
     chosen = prompts_of_epoch(pool, r.prompts_per_epoch, config.seed, epoch)
     prompts = [prompt for prompt in chosen for _ in range(r.images_per_prompt)]
     noise = torch.randn(len(prompts), *base.latent_shape, generator=generator(config.seed, "rollout", epoch))
-    x0, images = generate(policy, base, prompts, noise, adapter="old", sampler=r.sampler, steps=r.steps, batch=r.batch)
-    on_sampled()
-    return Rollout(prompts, x0, score(rewards, images, prompts, [None] * len(prompts)))
+    texts, latents = [prompt.text for prompt in prompts], []
+
+    def drawn() -> Iterator[Tensor]:
+        for x0, images in generate_batches(
+            policy, base, texts, noise, adapter="old", sampler=r.sampler, steps=r.steps, batch=r.batch
+        ):
+            latents.append(x0.cpu())
+            yield images
+
+    scores = score_images(scorer, drawn(), prompts, on_sampled)
+    return Rollout(prompts, torch.cat(latents), scores)
 
 
 def advantages(scores: Scores, config: Config) -> tuple[Tensor, Tensor]:
@@ -88,10 +99,13 @@ def step_rows(
     J = config.loss.timesteps_per_image or len(schedule)
     chosen = torch.rand(len(index), len(schedule), generator=random).argsort(1)[:, :J]
     image = index.repeat_interleave(J)
-    embeds, pooled = base.encode([rollout.prompts[i] for i in image.tolist()])
+    texts = [rollout.prompts[i].text for i in image.tolist()]
+    table = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    embeds, pooled = base.encode(list(table))
     clean = rollout.x0[image]
     noise = torch.randn(clean.shape, generator=random)
     half = group_of(len(rollout.prompts), config)[image] % 2
     if half.min() == half.max():  # one prompt, or two of a kind: halves of its images must do
         half = (torch.arange(len(half)) >= len(half) // 2).long()
-    return Rows(clean, noise, schedule[chosen.flatten()], embeds, pooled, A[image], A_sum[image], half)
+    prompt = torch.tensor([table[text] for text in texts])
+    return Rows(clean, noise, schedule[chosen.flatten()], embeds, pooled, A[image], A_sum[image], half, prompt)

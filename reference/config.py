@@ -19,7 +19,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Preset = Literal["world", "demo", "tiny"]
+Preset = Literal["world", "demo", "tiny", "sd35m", "sd35m-single-gpu"]
 BUILT_IN_RULES = ("marble", "marble-paper", "min-norm", "weighted-sum", "uniform")
 SOLVERS = ("min-norm", "cone", "prior")
 WORLD_REWARDS = ("objects", "objects_strict", "text", "similarity", "colour", "jpeg")
@@ -30,7 +30,10 @@ class ModelConfig:
     """The base model and the adapter trained on it."""
 
     base: str = "world"
-    """"world" for the small model that ships with the code, or a folder with the same layout."""
+    """"world" for the small model that ships with the code, or a folder with the same layout; for Stable Diffusion 3,
+    an id on the Hugging Face hub or the folder of a pipeline."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub id."""
     lora_rank: int = 16
     """Rank of the LoRA matrices."""
     lora_alpha: float = 32.0
@@ -40,16 +43,31 @@ class ModelConfig:
     compile: bool = False
     """torch.compile of the blocks: minutes at the start, faster steps after. Batches that all have the same size
     compile once; refreshes of rows = shared run without it."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: the frozen base in bfloat16 and autocast around the model; the adapter and all losses stay float32."""
+    gradient_checkpointing: bool = False
+    """Compute the blocks' activations again on the way back: less memory, about a third more time a step."""
+    resolution: int = 512
+    """Side of the images in pixels; the small world has its own."""
+    t5_tokens: int = 256
+    """Tokens of a prompt that the T5 encoder sees, the pipeline's max_sequence_length."""
+    cache: Path = Path("runs/cache")
+    """Folder of the prompt embeddings of Stable Diffusion 3, computed once and used by all runs."""
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
     """Prompts, and how images are sampled from the old policy."""
 
-    prompts: str = "world"
-    """"world" for generated prompts, or a text file with one prompt a line."""
+    prompts: tuple[str, ...] = ("world",)
+    """Sources of training prompts: "world" for generated ones, or files as [format:]path[#reward,reward] with format
+    text, ocr or geneval, and the rewards that apply."""
+    weights: tuple[float, ...] = ()
+    """Share of each source in an epoch, relative to the others; empty for equal shares."""
+    held_out: tuple[str, ...] = ()
+    """Sources of held-out prompts, taken in turn; the small world generates its own."""
     pool: int = 64
-    """Number of generated training prompts; ignored for a file."""
+    """Number of generated training prompts; ignored for files."""
     prompts_per_epoch: int = 20
     """Prompts drawn for each epoch, a group of images for each."""
     images_per_prompt: int = 24
@@ -60,6 +78,20 @@ class RolloutConfig:
     """Deterministic solver: Euler, or DPM-Solver of order 2 (the paper's)."""
     batch: int = 72
     """Images sampled at a time; memory only, results do not depend on it beyond rounding."""
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """Where and how rewards are computed."""
+
+    device: str = "auto"
+    """Device of the rewards: auto for that of the run, or cpu, cuda, cuda:1, ..."""
+    batch: int = 0
+    """Images given to a reward at a time; 0 for all of an epoch."""
+    background: bool = False
+    """Score in a thread of its own while the next images are sampled. The scores are the same; needs batch."""
+    models: tuple[str, ...] = ()
+    """Where rewards load their models from, as name=source: a folder, a hub id or a server's URL."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +208,7 @@ class Config:
     balance: str = "marble"
     """marble, marble-paper, min-norm, weighted-sum, uniform, or module:callable from a Gram matrix to weights."""
     rewards: tuple[str, ...] = ("objects", "text", "similarity", "colour", "jpeg")
-    """Rewards to raise: names of the world's five, or module:callable of your own."""
+    """Rewards to raise: names of the world's five or of reference/rewards/, or module:callable of your own."""
     reward_weights: tuple[float, ...] = ()
     """Weights of the raw rewards for weighted-sum; empty for 1 each."""
     epochs: int = 80
@@ -185,8 +217,11 @@ class Config:
     """Seed of everything random."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
+    device: str = "auto"
+    """Device of the model: auto for a GPU where there is one, or cpu, cuda, cuda:1, ..."""
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     solve: SolveConfig = field(default_factory=SolveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -293,6 +328,16 @@ def rule_of(config: Config) -> Rule:
     return dataclasses.replace(base, **given)
 
 
+def is_world(base: str) -> bool:
+    """Whether a base model is the small world, or a folder with its layout; others are Stable Diffusion 3 pipelines.
+
+    Example:
+        >>> is_world("world"), is_world("stabilityai/stable-diffusion-3.5-medium")
+        (True, False)
+    """
+    return base == "world" or (Path(base).is_dir() and not (Path(base) / "model_index.json").is_file())
+
+
 def training_times(config: Config) -> int:
     """How many of the sampler's timesteps, from noise on, are trained on.
 
@@ -307,7 +352,11 @@ def preset(name: Preset) -> Config:
     """The configuration of a preset.
 
     ``world``: the small world for 20-30 minutes on two cores. ``demo``: a few minutes. ``tiny``: seconds, for tests.
+    ``sd35m``: Stable Diffusion 3.5 Medium with the paper's constants. ``sd35m-single-gpu``: the same for one card of
+    80 GB; docs/trainer.md says what it trades.
     """
+    if name in ("sd35m", "sd35m-single-gpu"):
+        return _sd35m(single_gpu=name != "sd35m")
     if name == "world":
         return Config()
     if name == "demo":
@@ -318,6 +367,60 @@ def preset(name: Preset) -> Config:
     optim = OptimConfig(micro_batch=8)
     log = LogConfig(eval_every=0, eval_prompts=3, eval_images=2, eval_steps=2, save_every=1, trackers=())
     return Config(run=Path("runs/tiny"), epochs=2, rollout=rollout, loss=loss, optim=optim, log=log)
+
+
+def _sd35m(*, single_gpu: bool) -> Config:
+    """The paper's setting; on one card with a ninth of its rows, and a smaller share of each epoch's images."""
+    model = ModelConfig(
+        base="stabilityai/stable-diffusion-3.5-medium",
+        lora_rank=32,
+        lora_alpha=64.0,
+        lora_targets="attention",
+        precision="bf16",
+        t5_tokens=128 if single_gpu else 256,
+    )
+    rollout = RolloutConfig(
+        prompts=("text:prompts/general.txt", "ocr:prompts/ocr.txt", "geneval:prompts/geneval.jsonl"),
+        held_out=("text:prompts/general-test.txt", "ocr:prompts/ocr-test.txt", "geneval:prompts/geneval-test.jsonl"),
+        prompts_per_epoch=16 if single_gpu else 48,
+        images_per_prompt=24,
+        steps=10,  # 25 in the official configuration for several rewards
+        sampler="dpm2",
+        batch=24,
+    )
+    optim = OptimConfig(
+        lr=3e-4,
+        betas=(0.9, 0.999),
+        weight_decay=1e-4,
+        eps=1e-8,
+        clip=1.0,
+        steps_per_epoch=1,
+        micro_batch=9,
+        old_decay="standard",
+        ema_cap=0.9,
+    )
+    loss = LossConfig(
+        form="x0",
+        beta=0.1,
+        a_max=5.0,
+        kl_weight=1e-4,
+        std="global",
+        timesteps_per_image=3 if single_gpu else 0,
+        timestep_fraction=0.99,
+    )
+    watch = ("aesthetic", "imagereward") if single_gpu else ("aesthetic", "imagereward", "unifiedreward")
+    return Config(
+        run=Path("runs/sd35m-single-gpu" if single_gpu else "runs/sd35m"),
+        balance="marble-paper",
+        rewards=("pickscore", "hpsv2", "clipscore", "ocr", "geneval"),
+        epochs=900,  # a million images, as in the paper, with 48 prompts an epoch
+        model=model,
+        rollout=rollout,
+        scoring=ScoringConfig(batch=24, background=True),
+        loss=loss,
+        optim=optim,
+        log=LogConfig(eval_every=25, eval_prompts=120, eval_images=2, eval_steps=40, save_every=10, watch=watch),
+    )
 
 
 def from_toml(path: Path, base: Config) -> Config:

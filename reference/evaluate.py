@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from reference.base import Base
 from reference.policy import Adapter, Policy, merged, velocity, weights_of
+from reference.prompt_files import Prompt
 from reference.rollout import Sampler, sample
-from reference.scoring import Reward, Scores, score
+from reference.scorer import Scorer, score_images
+from reference.scoring import Scores
 
 
 class Interval(NamedTuple):
@@ -45,26 +47,48 @@ def generate(
     """Sample one latent and image for each prompt.
 
     Returns:
-        ``(latents [N, C, H, W], images [N, 3, H', W'])``.
+        ``(latents [N, C, H, W], images [N, 3, H', W'])``, on the base's device.
     """
-    embeds, pooled = base.encode(prompts)
-    latents = []
-    with torch.no_grad(), merged(policy, adapter):
-        for start in range(0, len(prompts), batch):
-            part = slice(start, start + batch)
-            condition = (embeds[part], pooled[part])
-            flow = lambda x, t, condition=condition: velocity(policy, x, t, condition)  # noqa: E731
-            latents.append(sample(flow, noise[part], base.scheduler, sampler=sampler, steps=steps))
-    x0 = torch.cat(latents)
-    return x0, base.decode(x0)
+    batches = list(
+        generate_batches(
+            policy, base, prompts, noise, adapter=adapter, sampler=sampler, steps=steps, batch=batch
+        )
+    )
+    latents, images = zip(*batches, strict=True)
+    return torch.cat(latents), torch.cat(images)
+
+
+def generate_batches(
+    policy: Policy,
+    base: Base,
+    prompts: Sequence[str],
+    noise: Tensor,
+    *,
+    adapter: Adapter,
+    sampler: Sampler,
+    steps: int,
+    batch: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The latents and images of ``generate``, a batch at a time, as they are made."""
+    table = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+    embeds, pooled = base.encode(list(table))
+    place = torch.tensor([table[prompt] for prompt in prompts], device=embeds.device)
+    for start in range(0, len(prompts), batch):
+        part = place[start : start + batch]
+        condition = (embeds[part], pooled[part])
+        flow = lambda x, t, condition=condition: velocity(policy, x, t, condition)  # noqa: E731
+        with torch.no_grad(), merged(policy, adapter):
+            x = noise[start : start + batch].to(base.device)
+            x0 = sample(flow, x, base.scheduler, sampler=sampler, steps=steps)
+        yield x0, base.decode(x0)
 
 
 def evaluate(
     policy: Policy,
     base: Base,
     weights: Mapping[str, Tensor],
-    prompts: Sequence[str],
-    rewards: Mapping[str, Reward],
+    prompts: Sequence[Prompt],
+    scorer: Scorer,
     *,
     images: int,
     sampler: Sampler,
@@ -75,15 +99,22 @@ def evaluate(
     """Score ``images`` images of each prompt, drawn with other adapter weights than the trained ones.
 
     Returns:
-        ``(Scores [P * images, K], images)``, the images of a prompt side by side.
+        ``(Scores [P * images, K], images)``, the images of a prompt side by side, on the CPU.
     """
     repeated = [prompt for prompt in prompts for _ in range(images)]
     noise = torch.randn(len(repeated), *base.latent_shape, generator=generator(seed, "evaluation"))
+    texts, pictures = [prompt.text for prompt in repeated], []
+
+    def drawn() -> Iterator[Tensor]:
+        for _, made in generate_batches(
+            policy, base, texts, noise, adapter="default", sampler=sampler, steps=steps, batch=batch
+        ):
+            pictures.append(made.cpu())
+            yield made
+
     with weights_of(policy, weights):
-        _, pictures = generate(
-            policy, base, repeated, noise, adapter="default", sampler=sampler, steps=steps, batch=batch
-        )
-    return score(rewards, pictures, repeated, [None] * len(repeated)), pictures
+        scores = score_images(scorer, drawn(), repeated)
+    return scores, torch.cat(pictures)
 
 
 def prompt_means(scores: Scores, images: int) -> Tensor:

@@ -25,16 +25,29 @@ class Policy:
     Attributes:
         model: holds both adapters; ``default`` is active and trainable, except inside ``active``.
         names: the trained parameters of ``default``, as ``model.named_parameters`` has them.
+        autocast: dtype in which the model computes, whatever its weights are in; None for that of the weights.
+        scale: alpha / r, by which the product of the adapters' matrices is multiplied.
     """
 
     model: PeftModel
     names: tuple[str, ...]
+    autocast: torch.dtype | None = None
+    scale: float = 1.0
 
 
 def add_lora(
-    transformer: SD3Transformer2DModel, *, rank: int, alpha: float, targets: Literal["linear", "attention"], seed: int
+    transformer: SD3Transformer2DModel,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Literal["linear", "attention"],
+    seed: int,
+    autocast: torch.dtype | None = None,
 ) -> Policy:
-    """Freeze a transformer and give it the adapters ``default`` and ``old``, equal and without effect at first."""
+    """Freeze a transformer and give it the adapters ``default`` and ``old``, equal and without effect at first.
+
+    The adapters are float32 at least, whatever the transformer is in.
+    """
     transformer.requires_grad_(False)
     layers = [
         name
@@ -44,24 +57,25 @@ def add_lora(
         and (targets == "linear" or name.split(".", 2)[2].removeprefix("attn.") in ATTENTION)
     ]
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=layers)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         model = get_peft_model(transformer, config)
         model.add_adapter("old", config)
     model.set_adapter("default")
-    policy = Policy(model, tuple(name for name, p in model.named_parameters() if p.requires_grad))
+    names = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+    policy = Policy(model, names, autocast, alpha / rank)
     load_adapter(policy, "old", adapter_state(policy, "default"))
     model.eval()
     return policy
 
 
-def compile_blocks(policy: Policy) -> None:
+def compile_blocks(policy: Policy, backend: str = "inductor") -> None:
     """Compile each transformer block, in place: the same kernels serve all blocks of a kind, so this is quick for deep
     models. Every batch size and every adapter makes a variant of its own."""
     # blocks share their code, so torch counts the variants of all of them together
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in policy.model.get_base_model().transformer_blocks:
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, backend=backend)
 
 
 def parameters(policy: Policy, adapter: Literal["default", "old"] = "default") -> dict[str, torch.nn.Parameter]:
@@ -140,7 +154,7 @@ def weights_of(policy: Policy, state: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def velocity(policy: Policy, x_t: Tensor, t: Tensor, condition: Sequence[Tensor]) -> Tensor:
-    """Velocity ``[B, C, H, W]`` of the active adapter.
+    """Velocity ``[B, C, H, W]`` of the active adapter, in the dtype of ``x_t``.
 
     Args:
         x_t: ``[B, C, H, W]``.
@@ -148,11 +162,25 @@ def velocity(policy: Policy, x_t: Tensor, t: Tensor, condition: Sequence[Tensor]
         condition: prompt embeddings ``[B, L, D]`` and pooled ones ``[B, D']``.
     """
     embeds, pooled = condition
-    out = policy.model(
-        hidden_states=x_t,
-        timestep=1000 * t,
-        encoder_hidden_states=embeds,
-        pooled_projections=pooled,
-        return_dict=False,
-    )
-    return out[0]  # type: ignore[no-any-return]
+    with torch.autocast(x_t.device.type, dtype=policy.autocast, enabled=policy.autocast is not None):
+        out = policy.model(
+            hidden_states=x_t,
+            timestep=1000 * t,
+            encoder_hidden_states=embeds,
+            pooled_projections=pooled,
+            return_dict=False,
+        )
+    return out[0].to(x_t.dtype)  # type: ignore[no-any-return]
+
+
+def lora_layers(policy: Policy, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Adapter weights under the names that diffusers gives them, on the CPU.
+
+    ``alpha / r`` is multiplied into ``lora_B``: exact, and independent of metadata that a loader may not read.
+    """
+    return {
+        name.replace("base_model.model.", "transformer.", 1).replace(".default.", "."): (
+            policy.scale * x if ".lora_B." in name else x
+        ).detach().cpu().contiguous()
+        for name, x in state.items()
+    }

@@ -1,19 +1,68 @@
-"""Prompt sources: the world's generator, or a text file with one prompt a line."""
+"""Prompt sources: the world's generator, or files."""
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from reference.config import Config, is_world
 from reference.errors import ConfigError
+from reference.prompt_files import Prompt, mixture_of_epoch, passes, read_mixture
+from reference.scoring import plain_prompts
 from reference.world.scenes import KINDS, prompt_of, random_scene, tokens
 
 
-def training_prompts(source: str, pool: int, seed: int) -> list[str]:
-    """The pool of training prompts: ``pool`` generated ones that are not held out, or those of a file."""
-    return world_prompts(pool, seed, held_out=False) if source == "world" else read_prompts(Path(source))
+class Pool(NamedTuple):
+    """Training prompts: those of each source, and the source's share of an epoch; no weights for equal shares."""
+
+    sources: tuple[tuple[Prompt, ...], ...]
+    weights: tuple[float, ...] = ()
+
+
+def pool_of(prompts: Iterable[Prompt]) -> Pool:
+    """A pool with one source."""
+    return Pool((tuple(prompts),))
+
+
+def all_prompts(pool: Pool) -> list[Prompt]:
+    """The prompts of all sources."""
+    return [prompt for source in pool.sources for prompt in source]
+
+
+def training_pool(config: Config) -> Pool:
+    """The training prompts of a run.
+
+    Raises:
+        ConfigError: a source cannot be used; every line at fault is named.
+    """
+    r = config.rollout
+    return Pool(tuple(map(tuple, _sources(r.prompts, config, r.pool, held_out=False))), r.weights)
+
+
+def held_out_prompts(config: Config) -> list[Prompt]:
+    """The ``log.eval_prompts`` prompts of evaluations: the world's own, or those of ``rollout.held_out`` in turn.
+
+    Raises:
+        ConfigError: a source cannot be used; every line at fault is named.
+    """
+    count = config.log.eval_prompts
+    sources = _sources(config.rollout.held_out or ("world",), config, count, held_out=True)
+    in_turn = (prompt for turn in itertools.zip_longest(*sources) for prompt in turn if prompt is not None)
+    return list(itertools.islice(in_turn, count))
+
+
+def _sources(names: Sequence[str], config: Config, count: int, *, held_out: bool) -> list[list[Prompt]]:
+    """The prompts of each source."""
+    if not is_world(config.model.base):
+        return read_mixture(names)
+    seed = 0 if held_out else config.seed
+    return [
+        plain_prompts(world_prompts(count, seed, held_out=held_out) if name == "world" else read_prompts(Path(name)))
+        for name in names
+    ]
 
 
 def world_prompts(count: int, seed: int, *, held_out: bool) -> list[str]:
@@ -56,15 +105,11 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def prompts_of_epoch(prompts: Sequence[str], count: int, seed: int, epoch: int) -> list[str]:
-    """The ``count`` prompts of an epoch: pass after pass through the pool, each in an order of its own.
+def prompts_of_epoch(pool: Pool, count: int, seed: int, epoch: int) -> list[Prompt]:
+    """The ``count`` prompts of an epoch: pass after pass through a source, or its share of each of several.
 
     A function of the epoch alone, so that a resumed run continues where the other stopped.
     """
-    chosen = []
-    for position in range(epoch * count, (epoch + 1) * count):
-        turn, place = divmod(position, len(prompts))
-        order = list(range(len(prompts)))
-        random.Random(f"order {seed} {turn}").shuffle(order)
-        chosen.append(prompts[order[place]])
-    return chosen
+    if len(pool.sources) == 1:
+        return passes(pool.sources[0], epoch * count, (epoch + 1) * count, seed)
+    return mixture_of_epoch(pool.sources, pool.weights, count, seed, epoch)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from reference.errors import ConfigError, RewardError
+from reference.prompt_files import Prompt
 
 
 class Scores(NamedTuple):
@@ -21,6 +22,11 @@ class Scores(NamedTuple):
 
 # (images [N, 3, H, W] in [0, 1], prompts, metadata) -> scores [N], or Scores where some images have none
 Reward = Callable[[Tensor, Sequence[str], Sequence[Any]], "Tensor | Scores"]
+
+
+def plain_prompts(texts: Iterable[str]) -> list[Prompt]:
+    """Prompts of which nothing is known, to which every reward applies."""
+    return [Prompt(text, {}, None) for text in texts]
 
 
 def load_callable(path: str, argument: str) -> Callable[..., Any]:
@@ -41,14 +47,14 @@ def load_callable(path: str, argument: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def score(rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Scores:
+def score(rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[Prompt], *, first: int = 0) -> Scores:
     """All K rewards of N images.
 
     Args:
         rewards: by name; the order is that of the columns.
         images: ``[N, 3, H, W]`` in [0, 1].
-        prompts: N of them.
-        metadata: N entries, whatever the prompt source knows about each prompt.
+        prompts: N of them, each with the metadata that rewards are given and the rewards that apply to it.
+        first: number of the first image, for errors.
 
     Returns:
         ``Scores`` with ``[N, K]``, float64 and bool, on the CPU; the value of an inapplicable entry is 0.
@@ -57,15 +63,29 @@ def score(rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[str],
         RewardError: a reward raised, or returned the wrong number of scores, or one that is not finite. It names the
             reward and, where there is one, the first image and prompt.
     """
-    columns = [_one(name, reward, images, prompts, metadata) for name, reward in rewards.items()]
+    columns = [_column(name, reward, images, prompts, first) for name, reward in rewards.items()]
     return Scores(torch.stack([c.values for c in columns], 1), torch.stack([c.applicable for c in columns], 1))
 
 
-def _one(name: str, reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Scores:
+def _column(name: str, reward: Reward, images: Tensor, prompts: Sequence[Prompt], first: int) -> Scores:
+    """One reward of all images; those whose prompt leaves it out are not shown to it."""
+    N = images.shape[0]
+    own = [i for i, prompt in enumerate(prompts) if prompt.rewards is None or name in prompt.rewards]
+    if len(own) == N:
+        return _one(name, reward, images, prompts, range(first, first + N))
+    values, applicable = torch.zeros(N, dtype=torch.float64), torch.zeros(N, dtype=torch.bool)
+    if own:
+        found = _one(name, reward, images[own], [prompts[i] for i in own], [first + i for i in own])
+        values[own], applicable[own] = found
+    return Scores(values, applicable)
+
+
+def _one(name: str, reward: Reward, images: Tensor, prompts: Sequence[Prompt], numbers: Sequence[int]) -> Scores:
     """One reward, checked."""
     N = images.shape[0]
     try:
-        result = reward(images, prompts, metadata)
+        with torch.no_grad():
+            result = reward(images, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
     except Exception as error:
         raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
     given: Any = result if isinstance(result, tuple) and len(result) == 2 else (result, torch.ones(N, dtype=torch.bool))
@@ -78,8 +98,9 @@ def _one(name: str, reward: Reward, images: Tensor, prompts: Sequence[str], meta
     bad = (applicable & ~values.isfinite()).nonzero().flatten()
     if len(bad):
         i = int(bad[0])
+        where = f"image {numbers[i]} ({prompts[i].text!r}) and {len(bad) - 1} more"
         raise RewardError(
-            f"reward {name!r}: expected finite scores, got {float(values[i])} for image {i} ({prompts[i]!r}) and "
-            f"{len(bad) - 1} more. Mark images that have no score as not applicable."
+            f"reward {name!r}: expected finite scores, got {float(values[i])} for {where}. Mark images that have no "
+            "score as not applicable."
         )
     return Scores(torch.where(applicable, values, 0.0), applicable)

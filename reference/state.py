@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch.utils import _pytree as pytree
 
 from reference import checkpoint
@@ -13,8 +17,10 @@ from reference.config import Config, to_toml
 from reference.errors import CheckpointError, ConfigError
 from reference.estimate import Tree
 from reference.live import Live
-from reference.policy import Policy, adapter_state, load_adapter
+from reference.policy import Policy, adapter_state, load_adapter, lora_layers
 from reference.progress import Progress
+
+LORA = "pytorch_lora_weights.safetensors"
 
 
 class State(NamedTuple):
@@ -59,7 +65,8 @@ def save_state(
     *,
     last: bool = False,
 ) -> None:
-    """Write a checkpoint. A disk that is full stops nothing but the last one: the run goes on, and tries again."""
+    """Write a checkpoint, and the averaged weights for diffusers. A disk that is full stops nothing but the last one:
+    the run goes on, and tries again."""
     leaves, _ = pytree.tree_flatten(state.balance)
     data = {
         "epoch": state.epoch,
@@ -78,6 +85,7 @@ def save_state(
     }
     try:
         checkpoint.save(config.run / "checkpoints", state.step, data)
+        export_lora(policy, state.ema, config.run)
     except CheckpointError as error:
         if last:
             raise
@@ -91,19 +99,36 @@ def restore_state(
     load_adapter(policy, "default", saved["default"])
     load_adapter(policy, "old", saved["old"])
     optimizer.load_state_dict(saved["optimizer"])
-    _, spec = pytree.tree_flatten(fresh.balance)
+    leaves, spec = pytree.tree_flatten(fresh.balance)
     with (config.run / "metrics.jsonl").open("r+b") as file:
         file.truncate(saved["metrics"])
+    device = next(iter(fresh.ema.values())).device
+    balance = [x.to(like.device) for x, like in zip(saved["balance"], leaves, strict=True)]
+    previous = saved["previous"]
     return State(
         saved["epoch"],
         saved["part"],
         saved["step"],
         saved["skipped"],
-        saved["ema"],
-        pytree.tree_unflatten(saved["balance"], spec),
-        saved["previous"],
+        {name: x.to(device) for name, x in saved["ema"].items()},
+        pytree.tree_unflatten(balance, spec),
+        None if previous is None else {name: x.to(device) for name, x in previous.items()},
         Progress(*saved["progress"]),
     )
+
+
+def export_lora(policy: Policy, ema: Tree, run: Path) -> None:
+    """Write the averaged weights in diffusers' format, whole or not at all: ``pipeline.load_lora_weights(run)``.
+
+    Raises:
+        CheckpointError: they could not be written.
+    """
+    temporary = run / f"{LORA}.tmp"
+    try:
+        save_file(lora_layers(policy, ema), temporary, metadata={"format": "pt"})
+        os.replace(temporary, run / LORA)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {run / LORA}: {error}.") from error
 
 
 def _essentials(toml: str) -> str:

@@ -8,10 +8,10 @@ import random
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,41 +28,49 @@ from marble_core import (
 )
 from reference import checkpoint
 from reference.balance import Rows, Step, applied_coefficients, init_balance, is_finite, step_gradient
-from reference.base import Base, load_base
+from reference.base import Base
 from reference.batch import advantages, images_of_steps, sample_epoch, step_rows
 from reference.config import SOLVERS, Config, Rule, rule_of
+from reference.devices import tf32
 from reference.errors import Interrupted, RewardError, TrainingError
 from reference.evaluate import evaluate, generator, interval, prompt_means, within_std
 from reference.live import Live, save_grid
-from reference.policy import Policy, adapter_state, add_lora, compile_blocks, load_adapter, parameters
+from reference.model import load_model
+from reference.policy import Policy, adapter_state, load_adapter, parameters
 from reference.progress import Progress, gains_of, init_progress, update_progress
-from reference.prompts import training_prompts, world_prompts
+from reference.prompt_files import Prompt
+from reference.prompts import Pool, all_prompts, held_out_prompts, training_pool
 from reference.report import write_report
-from reference.scoring import Reward, Scores, load_callable
+from reference.scorer import Scorer, scorer_of
+from reference.scoring import Scores, load_callable
 from reference.state import State, open_run, restore_state, save_state
 from reference.validation import validate
-from reference.world.rewards import REWARDS as WORLD
 
 _MAX_SKIPPED = 10  # steps in a row without a finite gradient
 _FIRST_EPOCHS = 10  # at most so many make up the baseline that gains are measured from
 
 
-def load_rewards(names: tuple[str, ...]) -> dict[str, Reward]:
-    """The rewards of a run by name: the world's, or callables by dotted path."""
-    return {name: WORLD.get(name) or load_callable(name, "rewards") for name in names}
+class Inputs(NamedTuple):
+    """Rewards trained and evaluated, and prompts for either: all that a user may have named wrongly."""
+
+    trained: Scorer
+    watched: Scorer
+    pool: Pool
+    held_out: list[Prompt]
 
 
-def prepare(config: Config) -> tuple[dict[str, Reward], dict[str, Reward], list[str]]:
-    """The rewards trained, those evaluated, and the prompts: all that a user may have named wrongly.
+def prepare(config: Config) -> Inputs:
+    """Load rewards and prompts.
 
     Raises:
         ConfigError: one of them cannot be used.
     """
     if rule_of(config).solver not in SOLVERS:
         load_callable(config.balance, "balance")
-    rewards = load_rewards(config.rewards)
-    pool = training_prompts(config.rollout.prompts, config.rollout.pool, config.seed)
-    return rewards, rewards | load_rewards(config.log.watch), pool
+    pool, held_out = training_pool(config), held_out_prompts(config)
+    trained = scorer_of(config, config.rewards)
+    watched = scorer_of(config, tuple(dict.fromkeys(config.rewards + config.log.watch)), trained.rewards)
+    return Inputs(trained, watched, pool, held_out)
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
@@ -74,27 +82,18 @@ def train(config: Config, *, resume: bool = False) -> Path:
         Interrupted: Ctrl-C; its last state is saved.
     """
     validate(config)
-    rewards, watched, pool = prepare(config)
-    held_out = world_prompts(config.log.eval_prompts, 0, held_out=True)
+    inputs = prepare(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    base = load_base(config.model.base)
-    policy = add_lora(
-        base.transformer,
-        rank=config.model.lora_rank,
-        alpha=config.model.lora_alpha,
-        targets=config.model.lora_targets,
-        seed=config.seed,
-    )
-    if config.model.compile:
-        compile_blocks(policy)
+    base, policy = load_model(config, [p.text for p in [*all_prompts(inputs.pool), *inputs.held_out]])
     o = config.optim
     optimizer = torch.optim.AdamW(
         parameters(policy).values(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, eps=o.eps
     )
     open_run(config, resume)
-    balance = init_balance(len(rewards), rule_of(config), parameters(policy))
-    state = State(0, 0, 0, 0, adapter_state(policy, "default"), balance, None, init_progress(len(rewards)))
+    K = len(config.rewards)
+    balance = init_balance(K, rule_of(config), parameters(policy))
+    state = State(0, 0, 0, 0, adapter_state(policy, "default"), balance, None, init_progress(K))
     saved = checkpoint.latest(config.run / "checkpoints") if resume else None
     if saved is not None:
         state = restore_state(saved, policy, optimizer, state, config)
@@ -102,17 +101,17 @@ def train(config: Config, *, resume: bool = False) -> Path:
         (config.run / "metrics.jsonl").write_text("", encoding="utf-8")  # of a run that ended before it saved anything
     live = Live(config.run, config.log.trackers, config.epochs, state.epoch)
     try:
-        with _stop_on_interrupt() as stop:
+        with _stop_on_interrupt() as stop, tf32(base.device):
             if saved is None:
-                _evaluate(policy, base, state, watched, held_out, config, live, "before")
+                _evaluate(policy, base, state, inputs, config, live, "before")
             rng = saved["rng"] if saved is not None and state.part > 0 else None
             while state.epoch < config.epochs:
-                state = _epoch(policy, base, optimizer, state, rewards, pool, config, live, stop, rng)
+                state = _epoch(policy, base, optimizer, state, inputs, config, live, stop, rng)
                 rng = None
                 last = state.epoch == config.epochs
                 if last or _due(state.epoch, config.log.eval_every):
                     name = "after" if last else f"epoch-{state.epoch:04d}"
-                    _evaluate(policy, base, state, watched, held_out, config, live, name)
+                    _evaluate(policy, base, state, inputs, config, live, name)
                 if last or _due(state.epoch, config.log.save_every):
                     save_state(policy, optimizer, state, config, live, last=last)
     finally:
@@ -130,8 +129,7 @@ def _epoch(
     base: Base,
     optimizer: torch.optim.Optimizer,
     state: State,
-    rewards: Mapping[str, Reward],
-    pool: list[str],
+    inputs: Inputs,
     config: Config,
     live: Live,
     stop: list[bool],
@@ -147,7 +145,7 @@ def _epoch(
 
     live.phase(state.epoch, "sampling")
     try:
-        rollout = sample_epoch(policy, base, rewards, pool, config, state.epoch, sampled)
+        rollout = sample_epoch(policy, base, inputs.trained, inputs.pool, config, state.epoch, sampled)
     except RewardError:
         save_state(policy, optimizer, state, config, live)
         raise
@@ -155,10 +153,12 @@ def _epoch(
 
     live.phase(state.epoch, "training")
     A, A_sum = advantages(rollout.scores, config)
-    notes = _constant_rewards(A, rollout.scores, tuple(rewards))
-    learning = state.epoch < min(math.ceil(len(pool) / config.rollout.prompts_per_epoch), _FIRST_EPOCHS)
+    notes = _constant_rewards(A, rollout.scores, config.rewards)
+    size = len(all_prompts(inputs.pool))
+    learning = state.epoch < min(math.ceil(size / config.rollout.prompts_per_epoch), _FIRST_EPOCHS)
     images = config.rollout.images_per_prompt
-    progress = update_progress(state.progress, rollout.prompts, rollout.scores, images, learning=learning)
+    texts = [prompt.text for prompt in rollout.prompts]
+    progress = update_progress(state.progress, texts, rollout.scores, images, learning=learning)
     prior = _prior(progress, rule)
     parts = images_of_steps(len(A), config, state.epoch)
     if rng is not None:
@@ -180,7 +180,7 @@ def _epoch(
     decay = old_policy_decay(state.step, SLOW_DECAY if config.optim.old_decay == "slow" else STANDARD_DECAY)
     load_adapter(policy, "old", ema_tree(parameters(policy, "old"), parameters(policy), decay))
     clock.append(time.monotonic())
-    _log_epoch(state, rollout.scores, progress, tuple(rewards), clock, time.process_time() - cpu, notes, live)
+    _log_epoch(state, rollout.scores, progress, config.rewards, clock, time.process_time() - cpu, notes, live)
     return state._replace(epoch=state.epoch + 1, part=0, progress=progress)
 
 
@@ -289,8 +289,7 @@ def _evaluate(
     policy: Policy,
     base: Base,
     state: State,
-    rewards: Mapping[str, Reward],
-    prompts: list[str],
+    inputs: Inputs,
     config: Config,
     live: Live,
     name: str,
@@ -302,15 +301,15 @@ def _evaluate(
         policy,
         base,
         state.ema,
-        prompts,
-        rewards,
+        inputs.held_out,
+        inputs.watched,
         images=log.eval_images,
         sampler=config.rollout.sampler,
         steps=log.eval_steps,
         batch=config.rollout.batch,
         seed=0,
     )
-    means = prompt_means(scores, log.eval_images)
+    means, rewards = prompt_means(scores, log.eval_images), inputs.watched.rewards
     summary = {k: interval(column)._asdict() for k, column in zip(rewards, means.unbind(1), strict=True)}
     per_prompt = {k: column.tolist() for k, column in zip(rewards, means.unbind(1), strict=True)}
     spread = dict(zip(rewards, within_std(scores, log.eval_images).tolist(), strict=True))

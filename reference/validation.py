@@ -7,8 +7,9 @@ import difflib
 import math
 from collections.abc import Sequence
 
-from reference.config import BUILT_IN_RULES, WORLD_REWARDS, Config, Rule, SolveConfig, rule_of, training_times
+from reference.config import BUILT_IN_RULES, WORLD_REWARDS, Config, Rule, SolveConfig, is_world, rule_of, training_times
 from reference.errors import ConfigError
+from reference.rewards import REWARDS
 
 
 def validate(config: Config) -> None:
@@ -22,9 +23,7 @@ def validate(config: Config) -> None:
     names = config.rewards
     _check(len(names) > 0, "rewards to name at least one", names)
     _check(len(set(names)) == len(names), "rewards to be distinct", names)
-    for key, given in (("rewards", names), ("log.watch", config.log.watch)):
-        for name in given:
-            _check_name(key, name, WORLD_REWARDS)
+    _check_names(config)
     _check(
         len(config.reward_weights) in (0, len(names)), f"reward_weights to be empty or {len(names)} numbers, one a "
         "reward", config.reward_weights,
@@ -40,8 +39,7 @@ def validate(config: Config) -> None:
     images = rollout.prompts_per_epoch * rollout.images_per_prompt
     _check(images >= optim.steps_per_epoch, f"optim.steps_per_epoch to be at most the {images} images of an epoch",
            optim.steps_per_epoch)  # fmt: skip
-    _check(rollout.prompts != "world" or rollout.prompts_per_epoch <= rollout.pool, "rollout.prompts_per_epoch to be "
-           f"at most rollout.pool = {rollout.pool}", rollout.prompts_per_epoch)  # fmt: skip
+    _check_prompts(config)
     _check(len(rule.prior) in (0, len(names)), f"solve.prior to be empty or {len(names)} numbers, one a reward",
            rule.prior)  # fmt: skip
     usable = all(0 <= p < math.inf for p in rule.prior) and (not rule.prior or sum(rule.prior) > 0)
@@ -49,6 +47,34 @@ def validate(config: Config) -> None:
     tail = config.solve.uniform_tail
     _check(0 <= tail <= config.epochs, f"solve.uniform_tail to be at most epochs = {config.epochs}", tail)
     _check_rule(config, rule)
+
+
+def _check_names(config: Config) -> None:
+    """Names of rewards that are unknown, or that judge the images of another model."""
+    world = is_world(config.model.base)
+    known, others = (WORLD_REWARDS, tuple(REWARDS)) if world else (tuple(REWARDS), WORLD_REWARDS)
+    what = "the small world" if world else "Stable Diffusion 3"
+    for key, names in (("rewards", config.rewards), ("log.watch", config.log.watch)):
+        for name in names:
+            _check(name not in others, f"{key} to name rewards of {what}, {', '.join(known)}, or module:callable", name)
+            _check_name(key, name, known)
+
+
+def _check_prompts(config: Config) -> None:
+    """Sources of prompts that contradict each other, the model or the scoring."""
+    r, world, background = config.rollout, is_world(config.model.base), config.scoring.background
+    _check(len(r.prompts) > 0, "rollout.prompts to name at least one source", r.prompts)
+    _check(len(r.weights) in (0, len(r.prompts)), f"rollout.weights to be empty or {len(r.prompts)} numbers, one a "
+           "source", r.weights)  # fmt: skip
+    _check(all(0 < w < math.inf for w in r.weights), "rollout.weights to be finite and positive", r.weights)
+    _check(r.prompts != ("world",) or r.prompts_per_epoch <= r.pool, "rollout.prompts_per_epoch to be at most "
+           f"rollout.pool = {r.pool}", r.prompts_per_epoch)  # fmt: skip
+    generated = "world" in r.prompts + r.held_out
+    _check(world or not generated, "rollout.prompts and rollout.held_out to be files for Stable Diffusion 3; make some "
+           "with python -m reference make-prompts", r.prompts + r.held_out)  # fmt: skip
+    _check(world or len(r.held_out) > 0, "rollout.held_out to name a file for Stable Diffusion 3", r.held_out)
+    _check(not background or config.scoring.batch > 0, "scoring.batch to be positive where scoring.background is set",
+           config.scoring.batch)  # fmt: skip
 
 
 def _check_ranges(config: Config, rule: Rule) -> None:
@@ -62,6 +88,7 @@ def _check_ranges(config: Config, rule: Rule) -> None:
         "optim.clip": optim.clip, "optim.eps": optim.eps, "optim.steps_per_epoch": optim.steps_per_epoch,
         "optim.micro_batch": optim.micro_batch, "log.eval_prompts": config.log.eval_prompts,
         "log.eval_images": config.log.eval_images, "log.eval_steps": config.log.eval_steps,
+        "model.resolution": config.model.resolution, "model.t5_tokens": config.model.t5_tokens,
     }  # fmt: skip
     for name, value in positive.items():
         _check(value > 0, f"{name} to be positive", value)
@@ -75,6 +102,7 @@ def _check_ranges(config: Config, rule: Rule) -> None:
     not_negative = {
         "threads": config.threads, "loss.kl_weight": loss.kl_weight, "optim.weight_decay": optim.weight_decay,
         "log.eval_every": config.log.eval_every, "log.save_every": config.log.save_every,
+        "scoring.batch": config.scoring.batch,
     }  # fmt: skip
     for name, value in not_negative.items():
         _check(value >= 0, f"{name} to be at least 0", value)

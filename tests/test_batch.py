@@ -12,7 +12,7 @@ from reference.batch import Rollout, advantages, group_of, images_of_steps, step
 from reference.config import Config, OptimConfig, RolloutConfig, preset, training_times
 from reference.prompts import world_prompts
 from reference.rollout import times
-from reference.scoring import Scores
+from reference.scoring import Scores, plain_prompts
 
 ROLLOUT = RolloutConfig(prompts_per_epoch=5, images_per_prompt=4, steps=6)
 CONFIG = dataclasses.replace(preset("tiny"), rollout=ROLLOUT, rewards=("text", "jpeg"))
@@ -21,7 +21,7 @@ N = 20
 
 def rollout(N: int = N) -> Rollout:
     g = torch.Generator().manual_seed(0)
-    prompts = [p for p in world_prompts(N // 4, 0, held_out=False) for _ in range(4)]
+    prompts = [p for p in plain_prompts(world_prompts(N // 4, 0, held_out=False)) for _ in range(4)]
     values, on = torch.randn(N, 2, generator=g).double(), torch.ones(N, 2).bool()
     on[4:8, 0] = False
     return Rollout(prompts, torch.randn(N, 12, 16, 16, generator=g), Scores(torch.where(on, values, 0.0), on))

@@ -26,7 +26,7 @@ from reference.config import (
     training_times,
 )
 from reference.errors import ConfigError
-from reference.train import load_rewards
+from reference.scorer import load_rewards
 from reference.validation import validate
 
 PRESETS: tuple[Preset, ...] = typing.get_args(Preset)
@@ -126,7 +126,7 @@ def test_integers_are_fine_for_floats(tmp_path: Path) -> None:
         ("[rolout]\nsteps = 3", r"unknown key rolout\. Did you mean rollout\?"),
         ("[rollout]\nstep = 3", r"unknown key rollout\.step\. Did you mean rollout\.steps\?"),
         ("[solve]\nnormalise = true", r"unknown key solve\.normalise\. Did you mean solve\.normalize\?"),
-        ("zzz = 3", r"unknown key zzz\. Valid keys: balance, epochs, .*threads\."),
+        ("zzz = 3", r"unknown key zzz\. Valid keys: balance, device, epochs, .*threads\."),
         ("[log]\nzzz = 3", r"unknown key log\.zzz\. Valid keys: eval_every, .*watch\."),
         ("[optim.lr]\nx = 1", r"expected optim\.lr to be float, got \{'x': 1\} \(dict\)"),
         ("optim = 3", r"expected optim to be a table, got 3\."),
@@ -397,7 +397,7 @@ def test_a_solver_of_ones_own_takes_no_other() -> None:
 
 
 def test_a_file_of_prompts_does_not_depend_on_the_pool() -> None:
-    validate(Config(rollout=RolloutConfig(prompts="prompts.txt", pool=1, prompts_per_epoch=6)))
+    validate(Config(rollout=RolloutConfig(prompts=("prompts.txt",), pool=1, prompts_per_epoch=6)))
 
 
 @pytest.mark.parametrize("balance", ["weighted-sum", "uniform"])

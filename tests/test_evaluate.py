@@ -18,8 +18,8 @@ from reference.experiments.demo import RULES, demo
 from reference.experiments.records import records
 from reference.policy import active, adapter_state, add_lora, load_adapter
 from reference.prompts import world_prompts
-from reference.scoring import Scores
-from reference.train import load_rewards
+from reference.scorer import Scorer, load_rewards
+from reference.scoring import Scores, plain_prompts
 from reference.world.accuracy import accuracy
 
 NAN = float("nan")
@@ -64,11 +64,12 @@ def test_evaluation_uses_the_weights_given_and_leaves_the_policy_alone() -> None
     policy = add_lora(base.transformer, rank=2, alpha=4.0, targets="linear", seed=0)
     fresh = adapter_state(policy, "default")
     moved = {name: x + 0.05 for name, x in fresh.items()}
-    prompts, rewards = world_prompts(3, 0, held_out=True), load_rewards(("colour", "jpeg"))
+    prompts = plain_prompts(world_prompts(3, 0, held_out=True))
+    scorer = Scorer(load_rewards(("colour", "jpeg")), torch.device("cpu"))
 
     def scores(state: dict[str, torch.Tensor], batch: int = 6) -> torch.Tensor:
         found, images = evaluate(
-            policy, base, state, prompts, rewards, images=2, sampler="euler", steps=2, batch=batch, seed=0
+            policy, base, state, prompts, scorer, images=2, sampler="euler", steps=2, batch=batch, seed=0
         )
         assert images.shape == (6, 3, 32, 32)
         return found.values

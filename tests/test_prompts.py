@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from reference.config import Config, RolloutConfig
 from reference.errors import ConfigError
-from reference.prompts import prompts_of_epoch, read_prompts, training_prompts, world_prompts
+from reference.prompts import Pool, prompts_of_epoch, read_prompts, training_pool, world_prompts
+from reference.scoring import plain_prompts
 from reference.world.scenes import is_held_out
 
 
@@ -21,7 +24,8 @@ def write(tmp_path: Path, text: str) -> Path:
 def test_a_file_has_one_prompt_a_line(tmp_path: Path) -> None:
     path = write(tmp_path, 'a red circle\n  the text "CAT"  \n')
     assert read_prompts(path) == ["a red circle", 'the text "CAT"']
-    assert training_prompts(str(path), pool=5, seed=0) == read_prompts(path)
+    pool = training_pool(Config(rollout=RolloutConfig(prompts=(str(path),), pool=5)))
+    assert pool.sources == (tuple(plain_prompts(read_prompts(path))),)
 
 
 def test_every_line_that_cannot_be_used_is_named(tmp_path: Path) -> None:
@@ -69,19 +73,24 @@ def test_generated_prompts_are_distinct_and_keep_to_their_side(held_out: bool) -
     assert sum('the text "' in prompt for prompt in prompts) >= 32  # two kinds of five
 
 
+def passes_of_epoch(prompts: Sequence[str], count: int, seed: int, epoch: int) -> list[str]:
+    pool = Pool((tuple(plain_prompts(prompts)),))
+    return [prompt.text for prompt in prompts_of_epoch(pool, count, seed, epoch)]
+
+
 @pytest.mark.parametrize(("size", "count"), [(10, 3), (7, 7), (4, 6), (1, 2)])
 def test_each_pass_uses_every_prompt_once(size: int, count: int) -> None:
     pool = [f"prompt {i}" for i in range(size)]
     epochs = 2 * size
-    stream = [p for epoch in range(epochs) for p in prompts_of_epoch(pool, count, 0, epoch)]
+    stream = [p for epoch in range(epochs) for p in passes_of_epoch(pool, count, 0, epoch)]
     assert len(stream) == epochs * count
     for start in range(0, len(stream) - size + 1, size):
         assert Counter(stream[start : start + size]) == Counter(pool)
 
 
 def test_an_epoch_across_the_border_of_two_passes() -> None:
-    passes = [prompts_of_epoch("abc", 3, 0, turn) for turn in range(2)]
-    second = prompts_of_epoch("abc", 2, 0, 1)  # positions 2 and 3: the last of one pass, the first of the next
+    passes = [passes_of_epoch("abc", 3, 0, turn) for turn in range(2)]
+    second = passes_of_epoch("abc", 2, 0, 1)  # positions 2 and 3: the last of one pass, the first of the next
     assert second == [passes[0][2], passes[1][0]]
     # the same everywhere, or a run could not go on under another version of Python
     assert ["".join(p) for p in passes] == ["cab", "bac"]
@@ -89,9 +98,9 @@ def test_an_epoch_across_the_border_of_two_passes() -> None:
 
 def test_the_order_depends_on_seed_pass_and_epoch_alone() -> None:
     pool = [f"prompt {i}" for i in range(20)]
-    first = [prompts_of_epoch(pool, 20, 0, epoch) for epoch in range(3)]
-    assert first[1] == prompts_of_epoch(pool, 20, 0, 1)
+    first = [passes_of_epoch(pool, 20, 0, epoch) for epoch in range(3)]
+    assert first[1] == passes_of_epoch(pool, 20, 0, 1)
     assert len({tuple(order) for order in first}) == 3
-    assert prompts_of_epoch(pool, 20, 1, 0) != first[0]
-    halves = prompts_of_epoch(pool, 10, 0, 0) + prompts_of_epoch(pool, 10, 0, 1)
+    assert passes_of_epoch(pool, 20, 1, 0) != first[0]
+    halves = passes_of_epoch(pool, 10, 0, 0) + passes_of_epoch(pool, 10, 0, 1)
     assert halves == first[0]

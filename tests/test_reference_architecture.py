@@ -29,6 +29,7 @@ ORDER = (
     "world.readers",
     "world.rewards",
     "world.accuracy",
+    "rewards.ocr",
     "scorer",
     "base",
     "embeddings",

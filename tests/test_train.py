@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference import balance, checkpoint
+from reference import balance, checkpoint, scorer
 from reference import train as train_module
 from reference.config import Config, SolveConfig, preset, to_toml
 from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
@@ -255,11 +255,11 @@ def test_a_bad_reward_stops_the_run_with_everything_saved(
     run, calls = tmp_path / "run", 2  # the first evaluation and the first epoch
     mine = config(run, rewards=("colour", "mine:own"))
     monkeypatch.setattr(train_module, "validate", lambda config: None)
-    monkeypatch.setattr(train_module, "load_callable", lambda path, argument: reward(change, calls))
+    monkeypatch.setattr(scorer, "load_callable", lambda path, argument: reward(change, calls))
     with pytest.raises(RewardError, match=message):
         train(mine)
     assert final_state(run)["step"] == 2
-    monkeypatch.setattr(train_module, "load_callable", lambda path, argument: reward(change, 99))
+    monkeypatch.setattr(scorer, "load_callable", lambda path, argument: reward(change, 99))
     train(mine, resume=True)
     assert final_state(run)["step"] == 6
 
@@ -269,7 +269,7 @@ def test_a_constant_reward_is_warned_about_and_keeps_its_coefficient(
 ) -> None:
     run = tmp_path / "run"
     monkeypatch.setattr(train_module, "validate", lambda config: None)
-    monkeypatch.setattr(train_module, "load_callable", lambda path, argument: reward(torch.ones_like, 0))
+    monkeypatch.setattr(scorer, "load_callable", lambda path, argument: reward(torch.ones_like, 0))
     train(config(run, rewards=("colour", "jpeg", "mine:own"), epochs=1))
     (epoch,) = records(run, "epoch")
     assert epoch["warnings"] == ["reward 'mine:own' was constant within every group; its coefficient is carried over"]
@@ -346,7 +346,7 @@ def test_what_cannot_be_started_leaves_the_folder_free_for_the_next_try(tmp_path
 def test_prompts_that_cannot_be_used_stop_before_anything_is_done(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\na purple cow\n")
-    rollout = dataclasses.replace(preset("tiny").rollout, prompts=str(prompts))
+    rollout = dataclasses.replace(preset("tiny").rollout, prompts=(str(prompts),))
     with pytest.raises(ConfigError, match=r"line 2: empty\n  line 3: prompt: expected a scene"):
         train(config(tmp_path / "run", rollout=rollout))
     assert not (tmp_path / "run").exists()

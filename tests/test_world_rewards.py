@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reference.errors import RewardError
-from reference.scoring import Scores, load_callable, score
+from reference.prompt_files import Prompt
+from reference.scoring import Scores, load_callable, plain_prompts, score
 from reference.world import render as render_module
 from reference.world import rewards
 from reference.world.accuracy import accuracy
@@ -427,17 +428,18 @@ def test_a_prompt_outside_the_language_is_named(name: str) -> None:
 
 def scored(result: Any, count: int = 3) -> Scores:
     prompts = [f"prompt {i}" for i in range(count)]
-    return score({"some": lambda *_: result}, torch.zeros(count, 3, 2, 2), prompts, [None] * count)
+    return score({"some": lambda *_: result}, torch.zeros(count, 3, 2, 2), plain_prompts(prompts))
 
 
 def test_scores_are_columns_in_the_order_of_the_rewards() -> None:
     def half(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Scores:
-        return Scores(torch.tensor([math.nan, float(metadata[1])]), torch.tensor([0, 1]))
+        return Scores(torch.tensor([math.nan, float(metadata[1]["count"])]), torch.tensor([0, 1]))
 
     def bright(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
         return images.mean((1, 2, 3)).requires_grad_()
 
-    result = score({"half": half, "bright": bright}, torch.ones(2, 3, 2, 2), ["a", "b"], [5, 7])
+    prompts = [Prompt("a", {"count": 5}, None), Prompt("b", {"count": 7}, None)]
+    result = score({"half": half, "bright": bright}, torch.ones(2, 3, 2, 2), prompts)
     assert result.values.tolist() == [[0, 1], [7, 1]]  # the NaN does not apply
     assert result.applicable.tolist() == [[False, True], [True, True]]
     assert result.values.dtype == torch.float64
@@ -450,7 +452,7 @@ def test_what_a_reward_raises_is_named() -> None:
         raise KeyError("weights")
 
     with pytest.raises(RewardError, match=r"^reward 'broken' raised KeyError: 'weights'$") as caught:
-        score({"broken": broken}, torch.zeros(1, 3, 2, 2), ["a"], [None])
+        score({"broken": broken}, torch.zeros(1, 3, 2, 2), plain_prompts(["a"]))
     assert isinstance(caught.value.__cause__, KeyError)
 
 
@@ -487,7 +489,7 @@ def test_the_first_score_that_is_not_finite_is_named(bad: float) -> None:
 
 def test_the_world_s_rewards_pass_the_checks() -> None:
     scenes, prompts, images = truth()
-    result = score(FIVE, images[:20], prompts[:20], [None] * 20)
+    result = score(FIVE, images[:20], plain_prompts(prompts[:20]))
     assert result.values.shape == result.applicable.shape == (20, 5)
     assert result.applicable[:, 2:].all()
     assert result.applicable[:, 0].tolist() == [bool(scene.objects) for scene in scenes[:20]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +13,15 @@ from torch import Tensor
 
 from reference import checkpoint
 from reference.balance import Step, all_rows, init_balance, signal_weights
-from reference.base import Base, load_base
+from reference.base import Base
 from reference.batch import advantages, sample_epoch, step_rows
 from reference.config import Config, SolveConfig, rule_of, training_times
 from reference.errors import ConfigError
-from reference.policy import Policy, add_lora, load_adapter
+from reference.model import load_model
+from reference.policy import Policy, load_adapter
 from reference.progress import Progress, gains_of
-from reference.prompts import world_prompts
-from reference.scoring import Reward
+from reference.prompts import Pool, all_prompts, pool_of
+from reference.scorer import Scorer
 from reference.train import prepare
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -47,11 +47,9 @@ class Bank(NamedTuple):
 
 def collect(config: Config, run: Path | None, units: int, held_out: int, sketch: int) -> dict[str, Any]:
     """Gradients of all units at one policy, as inner products."""
-    rewards, _, pool = prepare(config)
-    base = load_base(config.model.base)
-    m = config.model
-    policy = add_lora(base.transformer, rank=m.lora_rank, alpha=m.lora_alpha, targets=m.lora_targets, seed=config.seed)
-    gains = torch.full((len(rewards),), torch.nan, dtype=torch.float64)
+    inputs = prepare(config)
+    base, policy = load_model(config, [p.text for p in [*all_prompts(inputs.pool), *inputs.held_out]])
+    gains = torch.full((len(config.rewards),), torch.nan, dtype=torch.float64)
     if run is not None:
         state = checkpoint.latest(run / "checkpoints")
         if state is None:
@@ -59,10 +57,9 @@ def collect(config: Config, run: Path | None, units: int, held_out: int, sketch:
         load_adapter(policy, "default", state["default"])
         load_adapter(policy, "old", state["old"])
         gains = gains_of(Progress(*state["progress"]))
-    unseen = world_prompts(config.log.eval_prompts, 0, held_out=True)
     blocks = [
-        _units(policy, base, rewards, prompts, config, count, sketch)
-        for prompts, count in ((pool, units), (unseen, held_out))
+        _units(policy, base, inputs.trained, prompts, config, count, sketch)
+        for prompts, count in ((inputs.pool, units), (pool_of(inputs.held_out), held_out))
     ]
     matrix = torch.cat(blocks)
     U, R = matrix.shape[:2]
@@ -78,8 +75,8 @@ def collect(config: Config, run: Path | None, units: int, held_out: int, sketch:
 def _units(
     policy: Policy,
     base: Base,
-    rewards: Mapping[str, Reward],
-    prompts: Sequence[str],
+    scorer: Scorer,
+    pool: Pool,
     config: Config,
     count: int,
     sketch: int,
@@ -91,11 +88,12 @@ def _units(
         rule_of(dataclasses.replace(config, balance="weighted-sum", solve=SolveConfig())),
         [],
     )
-    balance = init_balance(len(rewards), rule, {})
-    prior = torch.full((len(rewards),), 1 / len(rewards), dtype=torch.float64)
+    K = len(config.rewards)
+    balance = init_balance(K, rule, {})
+    prior = torch.full((K,), 1 / K, dtype=torch.float64)
     weigh = signal_weights(rule, balance, config.loss.a_max, Step(True, False, False, prior, None, None))
     for epoch in itertools.count():
-        rollout = sample_epoch(policy, base, rewards, prompts, config, epoch)
+        rollout = sample_epoch(policy, base, scorer, pool, config, epoch)
         A, A_sum = advantages(rollout.scores, config)
         for unit in range(config.rollout.prompts_per_epoch):
             index = torch.arange(unit * n, (unit + 1) * n)

@@ -7,7 +7,7 @@ import random
 import torch
 from torch import Tensor
 
-from reference.scoring import score
+from reference.scoring import plain_prompts, score
 from reference.world.model import token_ids
 from reference.world.render import render
 from reference.world.rewards import REWARDS, dual_encoder
@@ -25,7 +25,7 @@ def accuracy(count: int = 1000, seed: int = 1) -> str:
     other = [prompts[i - len(KINDS)] for i in range(count)]  # of the same kind
     images = render(scenes, seed=seed)
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed))
-    cases = [score(REWARDS, x, p, [None] * count) for x, p in ((images, prompts), (images, other), (noise, prompts))]
+    cases = [score(REWARDS, x, plain_prompts(p)) for x, p in ((images, prompts), (images, other), (noise, prompts))]
     lines = ["| reward | right prompt | other prompt of its kind | noise |", "|---|---|---|---|"]
     for k, name in enumerate(REWARDS):
         cells = [float(case.values[case.applicable[:, k], k].mean()) for case in cases]

@@ -1,0 +1,45 @@
+"""A run's model: the base model by its name, in the precision asked for, with its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from reference.base import Base, load_base
+from reference.config import Config, is_world
+from reference.devices import device_of
+from reference.policy import Policy, add_lora, compile_blocks
+
+
+def load_model(config: Config, prompts: Sequence[str]) -> tuple[Base, Policy]:
+    """Load the base model and add adapters, which have no effect yet.
+
+    The adapters' first weights are drawn on the CPU, so that they do not depend on the device.
+
+    Args:
+        config: of the run.
+        prompts: all that will be encoded.
+
+    Raises:
+        ConfigError: the device or the model cannot be used, and what to do.
+    """
+    m, device = config.model, device_of(config.device)
+    if is_world(m.base):
+        base = load_base(m.base, device)
+    else:
+        from reference.sd3 import load_sd3  # seconds of imports, which the small world does without
+
+        base = load_sd3(m, prompts, device)
+    dtype = torch.bfloat16 if m.precision == "bf16" else None
+    if dtype is not None:
+        base.transformer.to(dtype)
+    if m.gradient_checkpointing:
+        base.transformer.enable_gradient_checkpointing()
+    policy = add_lora(
+        base.transformer, rank=m.lora_rank, alpha=m.lora_alpha, targets=m.lora_targets, seed=config.seed, autocast=dtype
+    )
+    policy.model.to(device)
+    if m.compile:
+        compile_blocks(policy)
+    return base, policy

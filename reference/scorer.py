@@ -1,0 +1,166 @@
+"""The rewards of a run: found by name, on their device, and scored in the background if asked for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from reference.config import Config
+from reference.devices import device_of
+from reference.errors import ConfigError
+from reference.prompt_files import Prompt
+from reference.rewards import REWARDS
+from reference.scoring import Reward, Scores, load_callable, score
+from reference.world.rewards import REWARDS as WORLD
+
+_WAITING = 4  # chunks of images that may wait to be scored before sampling does
+
+
+class Scorer(NamedTuple):
+    """Rewards by name, and how they are computed.
+
+    Attributes:
+        rewards: the order is that of the columns.
+        device: where images are given to them.
+        batch: images at a time; 0 for all.
+        background: score in a thread of its own while the next images are made.
+    """
+
+    rewards: Mapping[str, Reward]
+    device: torch.device
+    batch: int = 0
+    background: bool = False
+
+
+def scorer_of(config: Config, names: Sequence[str], loaded: Mapping[str, Reward] | None = None) -> Scorer:
+    """The rewards of these names, as a run computes them.
+
+    Args:
+        loaded: rewards that are there already; a name of theirs is not loaded again.
+
+    Raises:
+        ConfigError: a name or a source cannot be used.
+    """
+    s = config.scoring
+    device = device_of(config.device if s.device == "auto" else s.device, "scoring.device")
+    missing = tuple(name for name in names if name not in (loaded or {}))
+    found = dict(loaded or {}) | load_rewards(missing, device, sources_of(config))
+    return Scorer({name: found[name] for name in names}, device, s.batch, s.background)
+
+
+def sources_of(config: Config) -> dict[str, str]:
+    """Where rewards load their models from, by name.
+
+    Raises:
+        ConfigError: an entry is not name=source.
+    """
+    sources = dict(entry.partition("=")[::2] for entry in config.scoring.models)
+    for name, source in sources.items():
+        if name not in REWARDS or not source:
+            known = ", ".join(sorted(REWARDS))
+            got = f"{name}={source}"
+            raise ConfigError(f"scoring.models: expected name=source with a name of {known}, got {got!r}.")
+    return sources
+
+
+def load_rewards(
+    names: Sequence[str], device: torch.device | None = None, sources: Mapping[str, str] | None = None
+) -> dict[str, Reward]:
+    """Rewards by name: the world's, those of reference/rewards/, or callables by dotted path.
+
+    Args:
+        device: of models that a reward loads; the CPU by default.
+        sources: folder, hub id or URL by name, for those that do not use their default.
+
+    Raises:
+        ConfigError: a name is unknown, or its model cannot be loaded.
+    """
+    device = device or torch.device("cpu")
+    return {name: _load(name, device, (sources or {}).get(name)) for name in names}
+
+
+def _load(name: str, device: torch.device, source: str | None) -> Reward:
+    """One reward."""
+    if name in WORLD:
+        return WORLD[name] if device.type == "cpu" else _on_cpu(WORLD[name])
+    if name in REWARDS:
+        reward: Reward = load_callable(f"reference.rewards.{name}:load", "rewards")(device, source)
+        return reward
+    return load_callable(name, "rewards")
+
+
+def _on_cpu(reward: Reward) -> Reward:
+    """The world's rewards read pixels on the CPU."""
+
+    def score(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor | Scores:
+        return reward(images.cpu(), prompts, metadata)
+
+    return score
+
+
+def score_images(
+    scorer: Scorer,
+    images: Iterable[Tensor],
+    prompts: Sequence[Prompt],
+    on_last: Callable[[], None] = lambda: None,
+) -> Scores:
+    """Score images that arrive batch by batch, in chunks of ``scorer.batch`` whatever the batches are.
+
+    In the background, a chunk is scored while the next images are made; the chunks and their order are the same, and
+    so are the scores.
+
+    Args:
+        images: batches ``[b, 3, H, W]``, in the order of the prompts.
+        on_last: called when the last image has arrived.
+
+    Raises:
+        RewardError: a reward failed; no more images are asked for.
+    """
+    found: list[Scores | Future[Scores]] = []
+    with _executor(scorer) as submit:
+        for first, chunk in _chunks(images, scorer.batch or len(prompts), len(prompts), on_last):
+            waiting = [x for x in found if isinstance(x, Future)]
+            for future in [f for f in waiting if f.done()] + waiting[:-_WAITING]:
+                future.result()
+            part = prompts[first : first + len(chunk)]
+            found.append(submit(scorer.rewards, chunk.to(scorer.device), part, first))
+        parts = [x.result() if isinstance(x, Future) else x for x in found]
+    return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _chunks(
+    images: Iterable[Tensor], size: int, total: int, on_last: Callable[[], None]
+) -> Iterator[tuple[int, Tensor]]:
+    """Batches cut and joined to chunks of one size, the last one perhaps smaller, each with its first number."""
+    kept: list[Tensor] = []
+    first = arrived = 0
+    for batch in images:
+        kept.append(batch)
+        arrived += len(batch)
+        if arrived == total:
+            on_last()
+        while arrived - first >= size or (arrived == total and arrived > first):
+            joined = torch.cat(kept)
+            yield first, joined[:size]
+            kept, first = [joined[size:]], min(first + size, total)
+
+
+_Submit = Callable[[Mapping[str, Reward], Tensor, Sequence[Prompt], int], "Scores | Future[Scores]"]
+
+
+@contextlib.contextmanager
+def _executor(scorer: Scorer) -> Iterator[_Submit]:
+    """Score at once, or in one thread: rewards see the images in the same order, one chunk at a time."""
+    if not scorer.background:
+        yield lambda rewards, images, prompts, first: score(rewards, images, prompts, first=first)
+        return
+    pool = ThreadPoolExecutor(1, thread_name_prefix="rewards")
+    try:
+        yield lambda rewards, images, prompts, first: pool.submit(score, rewards, images, prompts, first=first)
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,228 @@
+"""Stable Diffusion 3 as a base model: a pipeline on the hub or in a folder, its text encoders used once and freed."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from torch import Tensor
+
+from reference.base import Base
+from reference.config import ModelConfig
+from reference.embeddings import Embeddings, Encode, add_prompts, missing_prompts, open_embeddings, read_embeddings
+from reference.errors import ConfigError
+
+T = TypeVar("T")
+
+_DECODED = 8  # latents decoded at a time
+_WANTED = ("model_index.json", "transformer/config.json", "scheduler/scheduler_config.json", "vae/config.json")
+
+
+class Source(NamedTuple):
+    """Where a pipeline is: its folder or hub id, a hub id's commit, and what changes when the text encoders do."""
+
+    name: str
+    commit: str | None
+    fingerprint: str
+
+
+def load_sd3(model: ModelConfig, prompts: Sequence[str], device: torch.device) -> Base:
+    """Load a Stable Diffusion 3 pipeline for training.
+
+    The embeddings of all prompts are computed first, where the cache does not have them, and the text encoders freed.
+    The transformer stays on the CPU, for adapters to be added.
+
+    Args:
+        model: names the pipeline, its resolution and precision.
+        prompts: all that ``Base.encode`` will be asked for.
+        device: of the VAE and the embeddings.
+
+    Raises:
+        ConfigError: files are missing or may not be downloaded, and what to do; a resolution that does not fit.
+    """
+    source = locate(model)
+    dtype = torch.bfloat16 if model.precision == "bf16" else torch.float32
+    place = {"pretrained_model_name_or_path": source.name, "revision": source.commit}
+    transformer = _loaded(
+        model,
+        "transformer",
+        lambda: SD3Transformer2DModel.from_pretrained(**place, subfolder="transformer", torch_dtype=dtype),
+    )
+    scheduler = _loaded(
+        model, "scheduler", lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(**place, subfolder="scheduler")
+    )
+    vae = _loaded(
+        model, "vae", lambda: AutoencoderKL.from_pretrained(**place, subfolder="vae", torch_dtype=torch.float32)
+    )
+    shape = latent_shape(model.resolution, transformer, vae)
+    embeddings = _embeddings(model, source, transformer, scheduler, prompts, device)
+    vae = vae.to(device).eval().requires_grad_(False)
+
+    def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return read_embeddings(embeddings, texts, device)
+
+    return Base(transformer.eval(), scheduler, encode, lambda latents: decode(vae, latents), shape, device)
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Latents ``[B, C, H, W]`` to images ``[B, 3, H', W']`` in [0, 1], a few at a time."""
+    scale, shift = vae.config["scaling_factor"], vae.config["shift_factor"] or 0.0
+    parts = [vae.decode(x / scale + shift, return_dict=False)[0] for x in torch.split(latents.to(vae.device), _DECODED)]
+    return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+
+def latent_shape(resolution: int, transformer: SD3Transformer2DModel, vae: AutoencoderKL) -> tuple[int, int, int]:
+    """``(C, H, W)`` of the latent of a square image.
+
+    Raises:
+        ConfigError: the resolution is no multiple of a patch, or too large for the position embeddings.
+    """
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    patch = factor * int(transformer.config["patch_size"])
+    largest = patch * int(transformer.config["pos_embed_max_size"])
+    if resolution % patch or not 0 < resolution <= largest:
+        raise ConfigError(
+            f"model.resolution: expected a multiple of {patch} up to {largest} for this model, got {resolution}."
+        )
+    return int(transformer.config["in_channels"]), resolution // factor, resolution // factor
+
+
+def locate(model: ModelConfig) -> Source:
+    """Find a pipeline, and say what to do where it cannot be had.
+
+    Raises:
+        ConfigError: no such folder or id, a licence to accept, a token that is missing, or no way to the hub.
+    """
+    folder = Path(model.base)
+    if folder.is_dir():
+        missing = [name for name in _WANTED if not (folder / name).is_file()]
+        if missing:
+            raise ConfigError(
+                f"model.base: expected a Stable Diffusion 3 pipeline in {folder}, but {', '.join(missing)} is missing. "
+                "Save one there with save_pretrained, or give the id of one on the Hugging Face hub."
+            )
+        return Source(str(folder), None, _folder_fingerprint(folder))
+    try:
+        index = hf_hub_download(model.base, "model_index.json", revision=model.revision)
+    except GatedRepoError as error:
+        raise ConfigError(
+            f"model.base: {model.base} asks for its licence to be accepted. Accept it on https://huggingface.co/"
+            f"{model.base}, make a token there, and give it with `hf auth login` or in the variable HF_TOKEN."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ConfigError(f"model.revision: {model.base} has no revision {model.revision!r}.") from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"model.base: expected a folder or an id on the Hugging Face hub, and {model.base} is neither, or is "
+            "private: then give a token with `hf auth login` or in the variable HF_TOKEN."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ConfigError(
+            f"model.base: {model.base} is no folder, not downloaded yet, and the Hugging Face hub cannot be reached. "
+            f"Run `hf download {model.base}` where it can, copy the files here, and give their folder."
+        ) from error
+    except EntryNotFoundError as error:
+        raise ConfigError(f"model.base: {model.base} has no model_index.json, so it is no pipeline.") from error
+    except HFValidationError as error:
+        raise ConfigError(f"model.base: there is no folder {model.base}, and it is no id on the hub.") from error
+    except OSError as error:
+        raise ConfigError(f"model.base: cannot download {model.base}: {error}") from error
+    commit = Path(index).parent.name
+    return Source(model.base, commit, f"{model.base} {commit}")
+
+
+def _loaded(model: ModelConfig, part: str, load: Callable[[], T]) -> T:
+    """A part of a pipeline, or an error that says which could not be loaded."""
+    try:
+        return load()
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.base: cannot load {part} of {model.base}: {reason} Complete the files (`hf download {model.base}` "
+            "for an id on the hub), or give another model."
+        ) from error
+
+
+def _folder_fingerprint(folder: Path) -> str:
+    """What identifies the text encoders of a folder: its path, and the sizes and times of their files."""
+    files = sorted(p for part in ("text_encoder*", "tokenizer*") for p in folder.glob(f"{part}/**/*") if p.is_file())
+    stats = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return repr((str(folder.resolve()), stats))
+
+
+def _embeddings(
+    model: ModelConfig,
+    source: Source,
+    transformer: SD3Transformer2DModel,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    prompts: Sequence[str],
+    device: torch.device,
+) -> Embeddings:
+    """The embeddings of all prompts, from the cache or from the text encoders, which are freed afterwards."""
+    identity = repr((source.fingerprint, model.precision, model.t5_tokens))
+    embeddings = open_embeddings(model.cache / hashlib.sha256(identity.encode()).hexdigest()[:16])
+    missing = missing_prompts(embeddings, prompts)
+    if not missing:
+        return embeddings
+    embeddings = add_prompts(embeddings, missing, _text_encoders(model, source, transformer, scheduler, device))
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return embeddings
+
+
+def _text_encoders(
+    model: ModelConfig,
+    source: Source,
+    transformer: SD3Transformer2DModel,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    device: torch.device,
+) -> Encode:
+    """The pipeline's own way from prompts to embeddings, with the text encoders that it has; they go with it."""
+    pipeline = _loaded(
+        model,
+        "the text encoders",
+        lambda: StableDiffusion3Pipeline.from_pretrained(
+            source.name,
+            revision=source.commit,
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=None,
+            torch_dtype=transformer.dtype,
+        ),
+    )
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
+        if encoder is not None:
+            encoder.to(device)
+
+    @torch.no_grad()
+    def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            list(texts),
+            None,
+            None,
+            device=device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=model.t5_tokens,
+        )
+        return embeds, pooled
+
+    return encode
