@@ -10,31 +10,37 @@ from torch import Tensor
 
 from reference.scoring import Scores
 
-_DECAY = 0.8  # of older epochs' gains: the mean looks back about five epochs
+_STEP = 0.1  # standard deviations by which a gain may change in an epoch, before anything is seen
 
 
 class Progress(NamedTuple):
-    """Running gains of K rewards in units of their standard deviation within a prompt's group at the start.
+    """All groups of images so far, a group being the images of one prompt in one epoch.
 
     Attributes:
-        first: mean rewards ``[K]`` of each prompt's first group, of the first epochs; NaN where they do not apply.
-        squares: ``[K]``, sum of squared deviations within those groups.
+        epochs: so far.
+        prompts: number of each prompt.
+        prompt: ``[n]``, number of each group's prompt.
+        epoch: ``[n]``, of each group.
+        mean: ``[n, K]``, mean rewards; NaN where they do not apply.
+        count: ``[n, K]``, images behind each mean.
+        squares: ``[K]``, sum of squared deviations within the groups of the first epochs.
         freedom: ``[K]``, their degrees of freedom.
-        total: ``[K]``, discounted sum of gains.
-        weight: ``[K]``, discounted number of groups behind it.
     """
 
-    first: dict[str, Tensor]
+    epochs: int
+    prompts: dict[str, int]
+    prompt: Tensor
+    epoch: Tensor
+    mean: Tensor
+    count: Tensor
     squares: Tensor
     freedom: Tensor
-    total: Tensor
-    weight: Tensor
 
 
 def init_progress(K: int) -> Progress:
     """Nothing known."""
-    zero = torch.zeros(K, dtype=torch.float64)
-    return Progress({}, zero, zero, zero, zero)
+    none, zero = torch.zeros(0, dtype=torch.int64), torch.zeros(K, dtype=torch.float64)
+    return Progress(0, {}, none, none, zero.new_zeros(0, K), zero.new_zeros(0, K), zero, zero)
 
 
 def update_progress(
@@ -42,36 +48,88 @@ def update_progress(
 ) -> Progress:
     """Add an epoch's images, one prompt's side by side.
 
-    In the first epochs (``learning``) a prompt's first group becomes its baseline. From then on every group gives one
-    gain for each reward: its mean minus the prompt's baseline, or minus the mean baseline for a prompt without one.
-    The noise of a gain is that of two means over a group, whatever the number of parameters; it does not enter through
-    gradients.
-
     Args:
         images: of each prompt.
-        learning: whether baselines are still collected.
+        learning: whether the spread within these groups still counts as that of the start.
     """
     K = scores.values.shape[1]
     x = torch.where(scores.applicable, scores.values, torch.nan).reshape(-1, images, K)
-    means = x.nanmean(1)
-    first, squares, freedom = dict(state.first), state.squares, state.freedom
-    gains = []
-    common = torch.stack([*first.values()]).nanmean(0) if first else means.nanmean(0)
-    for p, prompt in enumerate(prompts[::images]):
-        if prompt in first or not learning:
-            gains.append(means[p] - first.get(prompt, common))
-        else:
-            first[prompt] = means[p]
-            squares = squares + (x[p] - means[p]).square().nansum(0)
-            freedom = freedom + (scores.applicable[p * images : (p + 1) * images].sum(0) - 1).clamp(min=0)
-    total, weight = _DECAY * state.total, _DECAY * state.weight
-    if gains:
-        std = (squares / freedom).sqrt()
-        found = torch.stack(gains) / torch.where(std > 0, std, torch.nan)
-        total, weight = total + found.nansum(0), weight + (~found.isnan()).sum(0)
-    return Progress(first, squares, freedom, total, weight)
+    mean, count = x.nanmean(1), (~x.isnan()).sum(1).double()
+    known = dict(state.prompts)
+    number = torch.tensor([known.setdefault(prompt, len(known)) for prompt in prompts[::images]])
+    squares, freedom = state.squares, state.freedom
+    if learning:
+        squares = squares + (x - mean.unsqueeze(1)).square().nansum((0, 1))
+        freedom = freedom + (count - 1).clamp(min=0).sum(0)
+    return Progress(
+        state.epochs + 1,
+        known,
+        torch.cat([state.prompt, number]),
+        torch.cat([state.epoch, torch.full_like(number, state.epochs)]),
+        torch.cat([state.mean, mean]),
+        torch.cat([state.count, count]),
+        squares,
+        freedom,
+    )
 
 
 def gains_of(state: Progress) -> Tensor:
-    """Gains ``[K]``, NaN where nothing is known yet."""
-    return torch.where(state.weight > 0, state.total / state.weight, torch.nan)
+    """Gains since the first epoch ``[K]``, in standard deviations of each reward within a prompt's group at the start;
+    NaN where nothing can be told.
+
+    A group's mean is ``prompt + gain(epoch) + noise``: prompts differ, all gain alike, the gain is 0 in the first
+    epoch and a random walk. The estimate is the Gaussian posterior mean (a Kalman smoother, or best linear unbiased
+    prediction): groups of one prompt are compared with each other, new prompts with the mean prompt, each
+    with its weight. Comparing with a prompt's first group alone would miss what had been gained before that group.
+    """
+    std = (state.squares / state.freedom).sqrt()
+    found = []
+    for k, unit in enumerate(std.tolist()):
+        on = state.count[:, k] > 0
+        y, v = state.mean[on, k] / unit, 1 / state.count[on, k]
+        usable = unit > 0 and bool(on.any())
+        found.append(last_gain(y, v, state.prompt[on], state.epoch[on], state.epochs)[0] if usable else torch.nan)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def last_gain(y: Tensor, v: Tensor, prompt: Tensor, epoch: Tensor, epochs: int) -> tuple[float, float]:
+    """Posterior mean and standard deviation of the gain in the last epoch.
+
+    Args:
+        y: ``[n]``, mean reward of each group.
+        v: ``[n]``, variance of its noise.
+        prompt: ``[n]``, numbers of prompts.
+        epoch: ``[n]``, from 0 to ``epochs - 1``.
+        epochs: T.
+    """
+    if epochs == 1:
+        return 0.0, 0.0
+    between, w = _between_variance(y, v, epoch), 1 / v
+    # Unknowns: the mean prompt, then the gains of epochs 1 to T - 1. Prompts are integrated out.
+    X = torch.zeros(len(y), epochs, dtype=torch.float64)
+    X[:, 0] = 1
+    later = epoch > 0
+    X[later, epoch[later]] = 1
+    weighted = X * w.unsqueeze(1)
+    P = int(prompt.max()) + 1
+    total = torch.zeros(P, epochs, dtype=torch.float64).index_add_(0, prompt, weighted)
+    seen = torch.zeros(P, dtype=torch.float64).index_add_(0, prompt, w * y)
+    share = 1 / (1 / between + total[:, :1])
+    information = X.mT @ weighted - total.mT @ (share * total)
+    score = weighted.mT @ y - total.mT @ (share.squeeze(1) * seen)
+    walk = torch.eye(epochs - 1, dtype=torch.float64)
+    walk = walk - torch.diag(torch.ones(epochs - 2, dtype=torch.float64), -1)  # differences, the first from 0
+    information[1:, 1:] += walk.mT @ walk / _STEP**2
+    covariance = torch.linalg.inv(information)
+    return float(covariance[-1] @ score), float(covariance[-1, -1].clamp(min=0).sqrt())
+
+
+def _between_variance(y: Tensor, v: Tensor, epoch: Tensor) -> float:
+    """Variance between prompts, from the groups of the same epochs, by moments; 1 where each has but one."""
+    T = int(epoch.max()) + 1
+    count = torch.bincount(epoch, minlength=T).double()
+    mean = torch.zeros(T, dtype=torch.float64).index_add_(0, epoch, y) / count.clamp(min=1)
+    freedom = float((count - 1).clamp(min=0).sum())
+    if freedom == 0:
+        return 1.0
+    return max(float((y - mean[epoch]).square().sum()) / freedom - float(v.mean()), 1e-3)
