@@ -10,11 +10,11 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from reference.config import Config, Preset, PretrainConfig, SimilarityConfig, from_toml, preset
+from reference.config import Config, Preset, PretrainConfig, SimilarityConfig, from_toml, is_world, preset
 from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
 from reference.validation import validate
 
@@ -116,6 +116,44 @@ class Diagnose:
 
 
 @dataclass(frozen=True)
+class Generate:
+    """Images of a run on a grid, with the averaged weights of its newest checkpoint."""
+
+    run: Path = Path("runs/world")
+    """Folder of the run."""
+    prompts: tuple[str, ...] = ()
+    """Prompts, a row of images each; without any, the run's first held-out prompts."""
+    count: int = 8
+    """How many held-out prompts."""
+    images: int = 4
+    """Images of each prompt."""
+    steps: int = 0
+    """Sampling steps; 0 for those of the run's evaluations."""
+    seed: int = 0
+    """Seed of the noise."""
+    untrained: bool = False
+    """The base model's images, from the same noise."""
+    device: str = "auto"
+    """auto for a GPU where there is one, or cpu, cuda, cuda:1, ..."""
+    out: Path | None = None
+    """The PNG file; by default grids/generated.png in the run folder."""
+
+
+@dataclass(frozen=True)
+class MakePrompts:
+    """Make a file of prompts, so that a run needs none from elsewhere."""
+
+    kind: Annotated[Literal["geneval"], tyro.conf.Positional]
+    """geneval: objects, counts, colours and positions in the format and language of GenEval."""
+    out: Path = Path("prompts/geneval.jsonl")
+    """The file."""
+    count: int = 2000
+    """Prompts, all different."""
+    seed: int = 0
+    """Another seed gives other prompts: use one for training and one for the held-out prompts."""
+
+
+@dataclass(frozen=True)
 class Accuracy:
     """How well the five rewards judge rendered scenes, where the truth is known."""
 
@@ -174,7 +212,8 @@ def train_command(argv: Sequence[str]) -> None:
     if arguments.dry_run:
         from reference.plan import plan
 
-        prepare(arguments.settings)
+        if is_world(arguments.settings.model.base):
+            prepare(arguments.settings)
         print(plan(arguments.settings))
     else:
         print(f"report: {train(arguments.settings, resume=arguments.resume)}")
@@ -237,6 +276,35 @@ def diagnose_command(argv: Sequence[str]) -> None:
     print(diagnose(settings, run=a.run, units=a.units, held_out=a.held_out, sketch=a.sketch, folder=folder))
 
 
+def generate_command(argv: Sequence[str]) -> None:
+    """``generate``."""
+    a = tyro.cli(Generate, prog="python -m reference generate", args=list(argv))
+    from reference.generate import generate_grid
+
+    found = generate_grid(
+        a.run,
+        a.prompts,
+        a.out or a.run / "grids" / "generated.png",
+        count=a.count,
+        images=a.images,
+        steps=a.steps,
+        seed=a.seed,
+        untrained=a.untrained,
+        device=a.device,
+    )
+    print(f"grid: {found}")
+
+
+def make_prompts_command(argv: Sequence[str]) -> None:
+    """``make-prompts``."""
+    a = tyro.cli(MakePrompts, prog="python -m reference make-prompts", args=list(argv))
+    from reference.geneval_prompts import write_geneval_prompts
+
+    if a.out.exists():
+        raise ConfigError(f"--out: {a.out} exists. Choose another file.")
+    print(f"{write_geneval_prompts(a.out, a.seed, count=a.count)} prompts: {a.out}")
+
+
 def accuracy_command(argv: Sequence[str]) -> None:
     """``world-accuracy``."""
     a = tyro.cli(Accuracy, prog="python -m reference world-accuracy", args=list(argv))
@@ -267,6 +335,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "controls": (controls_command, "one run a reward: can each be raised at all?"),
     "compare": (compare_command, "rules and seeds side by side: tables and figures of held-out gains"),
     "diagnose": (diagnose_command, "signal, noise and conflict of the gradients, and what each rule makes of them"),
+    "generate": (generate_command, "images of a run on a grid, for any prompts"),
+    "make-prompts": (make_prompts_command, "a file of prompts, so that a run needs none from elsewhere"),
     "report": (report_command, "write the HTML report of a run again"),
     "world-accuracy": (accuracy_command, "how well the rewards judge rendered scenes"),
     "world-pretrain": (pretrain_command, "make the small world's base model from nothing"),

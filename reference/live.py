@@ -97,9 +97,12 @@ def _numbers(prefix: str, record: dict[str, Any]) -> list[tuple[str, float]]:
     return found
 
 
-def save_grid(images: Tensor, path: Path, *, columns: int, scale: int = 1) -> None:
-    """Images ``[N, 3, H, W]`` as one PNG, row by row; ``scale`` enlarges without smoothing."""
+def save_grid(images: Tensor, path: Path, *, columns: int, scale: int = 1, largest: int = 1024) -> None:
+    """Images ``[N, 3, H, W]`` as one PNG, row by row; ``scale`` enlarges without smoothing, and images that are wider
+    than ``largest`` are shrunk."""
     images = F.interpolate(images.detach().float().cpu(), scale_factor=float(scale), mode="nearest")
+    if images.shape[-1] > largest:
+        images = F.interpolate(images, scale_factor=largest / images.shape[-1], mode="area")
     N, C, H, W = images.shape
     rows = math.ceil(N / columns)
     sheet = torch.ones(rows * columns, C, H, W)

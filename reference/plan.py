@@ -4,68 +4,140 @@ from __future__ import annotations
 
 import math
 import time
+from typing import NamedTuple
 
 import torch
 
 from marble_core import refresh_due
-from reference.base import load_base
-from reference.config import Config, rule_of, to_toml, training_times
-from reference.policy import add_lora, parameters, velocity
+from reference.config import Config, Rule, is_world, rule_of, to_toml, training_times
+from reference.errors import ConfigError
+from reference.model import load_model
+from reference.policy import parameters, target_layers, velocity
+from reference.prompts import all_prompts, held_out_prompts, training_pool
 
 _BYTES = 4  # float32
 
 
+class _Work(NamedTuple):
+    """What a run does: images and timesteps of an epoch, steps, those that solve, those that compute K gradients."""
+
+    images: int
+    J: int
+    steps: int
+    refreshes: int
+    all_rows: int
+
+
 def plan(config: Config) -> str:
-    """The resolved plan as text; loads the model and times one forward and backward pass for the estimates."""
-    r, rule, K = config.rollout, rule_of(config), len(config.rewards)
-    images = r.prompts_per_epoch * r.images_per_prompt
-    J = config.loss.timesteps_per_image or training_times(config)
+    """The resolved plan as text.
+
+    The small world is loaded and timed for the estimates. Of Stable Diffusion 3 nothing but the configuration of the
+    transformer is read; what is missing is said.
+    """
+    work = _work(config)
+    lines = _counts(config, work)
+    if is_world(config.model.base):
+        forward, train, P = _measure(config)
+        lines |= _memory(config, P) | _time(config, work, forward, train)
+    else:
+        lines |= _stable_diffusion(config)
+    return "\n".join([to_toml(config).rstrip(), "", "# plan", *(f"# {k:12}{v}" for k, v in lines.items())])
+
+
+def _work(config: Config) -> _Work:
+    """Count."""
+    r, rule = config.rollout, rule_of(config)
     steps = config.epochs * config.optim.steps_per_epoch
-    refreshes = sum(refresh_due(step, rule.refresh_every) for step in range(steps))
-    all_rows = sum(
-        any(refresh_due(step + ahead, rule.refresh_every) for ahead in range(rule.accumulate)) for step in range(steps)
+    due = [any(refresh_due(s + ahead, rule.refresh_every) for ahead in range(rule.accumulate)) for s in range(steps)]
+    return _Work(
+        images=r.prompts_per_epoch * r.images_per_prompt,
+        J=config.loss.timesteps_per_image or training_times(config),
+        steps=steps,
+        refreshes=sum(refresh_due(step, rule.refresh_every) for step in range(steps)),
+        all_rows=sum(due),
     )
-    forward, train, P = _measure(config)
-    backwards = {"shared": 2.0, "k_pass": K + 1.0}[rule.rows]
-    others = 2.0 if config.loss.kl_weight > 0 else 1.0  # forward passes of the old policy and of the base
-    step = train + others * forward + (backwards - 1) * (train - forward) * all_rows / max(steps, 1)
-    epoch = images * (r.steps * forward + J * step)
-    every = config.log.eval_every or config.epochs
-    evaluations = 1 + math.ceil(config.epochs / every)
-    evaluation = config.log.eval_prompts * config.log.eval_images * config.log.eval_steps * forward
+
+
+def _backwards(rule: Rule, K: int) -> float:
+    """Backward passes of a refresh."""
+    return {"shared": 2.0, "k_pass": K + 1.0}[rule.rows]
+
+
+def _counts(config: Config, work: _Work) -> dict[str, str]:
+    """Lines about what is done, whatever the model."""
+    r, rule, K, images = config.rollout, rule_of(config), len(config.rewards), work.images
+    rows = images * work.J
+    return {
+        "rule": f"{config.balance}: {rule}",
+        "rewards": f"K = {K}: {', '.join(config.rewards)}",
+        "an epoch": f"{r.prompts_per_epoch} prompts x {r.images_per_prompt} images = {images} images",
+        "rows": f"{images} x {work.J} timesteps = {rows}, {rows // config.optim.steps_per_epoch} a step",
+        "run": f"{config.epochs} epochs = {work.steps} optimiser steps = {config.epochs * images} images",
+        "refreshes": f"{work.refreshes}, every {rule.refresh_every} steps, with {_backwards(rule, K):.0f} backward "
+        "passes each"
+        + (", to measure cosines" if rule.kind != "solve" or rule.solver == "prior" else "")
+        + (f"; {work.all_rows} steps compute all {K} gradients" if rule.accumulate > 1 else ""),
+    }
+
+
+def _memory(config: Config, P: int) -> dict[str, str]:
+    """Lines about what the adapters, their optimiser and K gradients take."""
+    rule, K = rule_of(config), len(config.rewards)
     kept = {"moments": 1, "moment_halves": 2, "consecutive": 1}.get(rule.gram, int(rule.step == "moments"))
     kept += 2 if rule.accumulate > 1 else 0
     # two adapters, EMA, Adam, gradient, step before and shared; K rows of two halves and their sum, and what is kept
     memory = P * _BYTES * (2 + 1 + 2 + 1 + 2 + (3 + kept) * K)
-    total = config.epochs * epoch + evaluations * evaluation
-    lines = {
-        "rule": f"{config.balance}: {rule}",
-        "rewards": f"K = {K}: {', '.join(config.rewards)}",
-        "an epoch": f"{r.prompts_per_epoch} prompts x {r.images_per_prompt} images = {images} images",
-        "rows": f"{images} x {J} timesteps = {images * J}, {images * J // config.optim.steps_per_epoch} a step",
-        "run": f"{config.epochs} epochs = {steps} optimiser steps = {config.epochs * images} images",
-        "refreshes": f"{refreshes}, every {rule.refresh_every} steps, with {backwards:.0f} backward passes each"
-        + (", to measure cosines" if rule.kind != "solve" or rule.solver == "prior" else "")
-        + (f"; {all_rows} steps compute all {K} gradients" if rule.accumulate > 1 else ""),
+    return {
         "trained": f"{P} parameters; the gradients of {K} rewards take {K * P * _BYTES / 1e6:.1f} MB"
         + (f", and {kept} times that is kept" if kept else ""),
         "memory": f"about {memory / 1e6:.0f} MB beside the base model and the activations of one micro-batch",
+    }
+
+
+def _time(config: Config, work: _Work, forward: float, train: float) -> dict[str, str]:
+    """Lines about time, from seconds of a forward pass, and of forward and backward, of one image."""
+    r, log = config.rollout, config.log
+    others = 2.0 if config.loss.kl_weight > 0 else 1.0  # forward passes of the old policy and of the base
+    more = (_backwards(rule_of(config), len(config.rewards)) - 1) * work.all_rows / max(work.steps, 1)
+    epoch = work.images * (r.steps * forward + work.J * (train + others * forward + more * (train - forward)))
+    evaluations = 1 + math.ceil(config.epochs / (log.eval_every or config.epochs))
+    total = config.epochs * epoch + evaluations * log.eval_prompts * log.eval_images * log.eval_steps * forward
+    return {
         "time": f"about {total / 60:.0f} min here: {epoch:.1f} s an epoch, without scoring",
         "an image": f"{1000 * forward:.1f} ms a forward pass, {1000 * train:.1f} ms with backward, measured now",
     }
-    return "\n".join([to_toml(config).rstrip(), "", "# plan", *(f"# {k:12}{v}" for k, v in lines.items())])
+
+
+def _stable_diffusion(config: Config) -> dict[str, str]:
+    """Lines about a model and prompts that may not be here yet."""
+    from reference.sd3 import empty_transformer  # seconds of imports, which the small world does without
+
+    lines: dict[str, str] = {}
+    try:
+        transformer, m = empty_transformer(config.model), config.model
+        size = {"float32": 4, "bf16": 2}[m.precision] * sum(p.numel() for p in transformer.parameters())
+        layers = [transformer.get_submodule(name) for name in target_layers(transformer, m.lora_targets)]
+        lines |= _memory(config, sum(m.lora_rank * sum(layer.weight.shape) for layer in layers))
+        lines["base"] = f"{size / 1e9:.2f} GB of transformer weights in {m.precision}"
+    except ConfigError as error:
+        lines["missing"] = str(error)
+    try:
+        pool, held_out = training_pool(config), held_out_prompts(config)
+        lines["prompts"] = f"{len(all_prompts(pool))} for training, {len(held_out)} held out"
+    except ConfigError as error:
+        lines["missing "] = str(error).replace("\n", "\n# " + 12 * " ")
+    lines["time"] = "not estimated: it is the GPU's, see docs/benchmarks.md"
+    return lines
 
 
 def _measure(config: Config) -> tuple[float, float, int]:
     """Seconds of a forward pass, and of a forward and backward pass, of one image; number of trained parameters."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    base = load_base(config.model.base)
-    m = config.model
-    policy = add_lora(base.transformer, rank=m.lora_rank, alpha=m.lora_alpha, targets=m.lora_targets, seed=0)
+    base, policy = load_model(config, [])
     n = min(config.optim.micro_batch, 32)
     embeds, pooled = base.encode(["a red circle"] * n)
-    x, t = torch.randn(n, *base.latent_shape), torch.rand(n)
+    x, t = torch.randn(n, *base.latent_shape, device=base.device), torch.rand(n, device=base.device)
 
     def forward() -> None:
         with torch.no_grad():

@@ -35,6 +35,17 @@ class Policy:
     scale: float = 1.0
 
 
+def target_layers(transformer: SD3Transformer2DModel, targets: Literal["linear", "attention"]) -> list[str]:
+    """Names of the linear layers that get an adapter."""
+    return [
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and name.startswith("transformer_blocks.")
+        and (targets == "linear" or name.split(".", 2)[2].removeprefix("attn.") in ATTENTION)
+    ]
+
+
 def add_lora(
     transformer: SD3Transformer2DModel,
     *,
@@ -49,13 +60,7 @@ def add_lora(
     The adapters are float32 at least, whatever the transformer is in.
     """
     transformer.requires_grad_(False)
-    layers = [
-        name
-        for name, module in transformer.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and name.startswith("transformer_blocks.")
-        and (targets == "linear" or name.split(".", 2)[2].removeprefix("attn.") in ATTENTION)
-    ]
+    layers = target_layers(transformer, targets)
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=layers)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

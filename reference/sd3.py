@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -36,11 +37,19 @@ _WANTED = ("model_index.json", "transformer/config.json", "scheduler/scheduler_c
 
 
 class Source(NamedTuple):
-    """Where a pipeline is: its folder or hub id, a hub id's commit, and what changes when the text encoders do."""
+    """Where a pipeline is.
+
+    Attributes:
+        name: its folder or hub id.
+        commit: of a hub id.
+        fingerprint: what changes when the text encoders do.
+        t5: whether it has the third text encoder.
+    """
 
     name: str
     commit: str | None
     fingerprint: str
+    t5: bool
 
 
 def load_sd3(model: ModelConfig, prompts: Sequence[str], device: torch.device) -> Base:
@@ -81,6 +90,22 @@ def load_sd3(model: ModelConfig, prompts: Sequence[str], device: torch.device) -
     return Base(transformer.eval(), scheduler, encode, lambda latents: decode(vae, latents), shape, device)
 
 
+def empty_transformer(model: ModelConfig) -> SD3Transformer2DModel:
+    """The transformer of a pipeline without its weights, to count its layers.
+
+    Raises:
+        ConfigError: the pipeline is not there, and what to do.
+    """
+    source = locate(model)
+
+    def load() -> SD3Transformer2DModel:
+        config = SD3Transformer2DModel.load_config(source.name, revision=source.commit, subfolder="transformer")
+        with torch.device("meta"):
+            return SD3Transformer2DModel.from_config(config)
+
+    return _loaded(model, "the configuration of the transformer", load)
+
+
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Latents ``[B, C, H, W]`` to images ``[B, 3, H', W']`` in [0, 1], a few at a time."""
@@ -119,7 +144,7 @@ def locate(model: ModelConfig) -> Source:
                 f"model.base: expected a Stable Diffusion 3 pipeline in {folder}, but {', '.join(missing)} is missing. "
                 "Save one there with save_pretrained, or give the id of one on the Hugging Face hub."
             )
-        return Source(str(folder), None, _folder_fingerprint(folder))
+        return Source(str(folder), None, _folder_fingerprint(folder), _has_t5(folder / "model_index.json"))
     try:
         index = hf_hub_download(model.base, "model_index.json", revision=model.revision)
     except GatedRepoError as error:
@@ -146,7 +171,16 @@ def locate(model: ModelConfig) -> Source:
     except OSError as error:
         raise ConfigError(f"model.base: cannot download {model.base}: {error}") from error
     commit = Path(index).parent.name
-    return Source(model.base, commit, f"{model.base} {commit}")
+    return Source(model.base, commit, f"{model.base} {commit}", _has_t5(Path(index)))
+
+
+def _has_t5(index: Path) -> bool:
+    """Whether a pipeline's index names a T5 encoder."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8")).get("text_encoder_3")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"model.base: cannot read {index}: {error}") from error
+    return bool(found and found[0])
 
 
 def _loaded(model: ModelConfig, part: str, load: Callable[[], T]) -> T:
@@ -206,12 +240,13 @@ def _text_encoders(
             transformer=transformer,
             scheduler=scheduler,
             vae=None,
-            torch_dtype=transformer.dtype,
+            **({} if source.t5 else {"text_encoder_3": None, "tokenizer_3": None}),
+            dtype=transformer.dtype,
         ),
     )
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
         if encoder is not None:
-            encoder.to(device)
+            encoder.to(device, transformer.dtype)
 
     @torch.no_grad()
     def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -315,7 +315,8 @@ def _evaluate(
     spread = dict(zip(rewards, within_std(scores, log.eval_images).tolist(), strict=True))
     where = {"step": state.step, "epoch": state.epoch}
     live.log({"kind": "eval", **where, "rewards": summary, "within_std": spread, "per_prompt": per_prompt})
-    save_grid(images[:: log.eval_images][:40], config.run / "grids" / f"{name}.png", columns=10, scale=3)
+    shown = images[:: log.eval_images][:40]
+    save_grid(shown, config.run / "grids" / f"{name}.png", columns=10, scale=max(1, 96 // shown.shape[-1]), largest=256)
 
 
 def _seed_everything(seed: int, epoch: int) -> None:
