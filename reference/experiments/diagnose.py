@@ -19,6 +19,7 @@ from reference.balance import solve
 from reference.config import Config, Rule, SolveConfig, rule_of
 from reference.errors import ConfigError
 from reference.estimate import Signal
+from reference.experiments import tilt
 from reference.experiments.bank import Array, Bank, Indices, collect
 from reference.validation import validate
 
@@ -103,7 +104,8 @@ def diagnose(config: Config, *, run: Path | None, units: int, held_out: int, ske
     names = list(config.rewards)
     signal = signal_of(bank, len(names))
     table = {label: curve(bank, label, config, signal.best) for label in RULES}
-    text = _tables(bank, names, signal, table, run)
+    units_a_step = max(1, config.rollout.prompts_per_epoch // config.optim.steps_per_epoch)
+    text = _tables(bank, names, signal, table, run) + "\n\n" + tilt.table(bank, names, units_a_step)
     (folder / "diagnose.md").write_text(text + "\n", encoding="utf-8")
     plain = {label: [point._asdict() for point in points] for label, points in table.items()}
     data = {"rewards": names, "signal": signal._asdict(), "rules": plain, "unit_rows": bank.rows}
