@@ -6,18 +6,20 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeGuard
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from marble_core._check import describe, require, require_float
 
 _Keys = tuple[str | None, str | None]  # names of a layer's weight and bias; None where not trainable
 _Fallback = Literal["error", "unsupported", "all"]
+_ATTRIBUTE = "_marble_layer"
 _REENTRANT = "Use torch.utils.checkpoint with use_reentrant=False, and run the layer with gradients enabled."
 
 
@@ -54,8 +56,9 @@ def shared_cotangent_rows(
     Serves ``nn.Linear`` layers whose input starts with the B rows, LoRA's among them; a layer may be used several
     times and parameters may be tied. For other trainable parameters (a norm's scale, a convolution, a weight also used
     outside its layer) choose a ``fallback``. Rows must not mix inside the model (no batch statistics, no other
-    dimension of size B in front): no check can see that. Autocast and non-reentrant checkpointing work as usual.
-    Rows of several micro-batches add up: the caller sums them, then takes the Gram matrix. Nothing is left behind:
+    dimension of size B in front): no check can see that. Autocast and non-reentrant checkpointing work as usual, and
+    so do modules compiled as a whole or in parts: their layers collect rows inside a graph of their own, compiled once
+    for all calls with B rows, whatever K. Rows of several micro-batches add up: the caller sums them, then takes the Gram matrix. Nothing is left behind:
     forwards, hooks, ``.grad``, flags and modes are as before, also after an error.
 
     Args:
@@ -90,9 +93,9 @@ def shared_cotangent_rows(
     params = {name: p for name, p in module.named_parameters() if p.requires_grad}
     require(len(params) > 0, "module", "at least one parameter with requires_grad", "none")
     state = _State(weights.detach(), {id(p): name for name, p in params.items()})
-    with _patched(module, state, serve=fallback != "all"):
+    with _retainable(), _patched(module, state, serve=fallback != "all"):
         signal, shared = _split(forward(), weights)
-        state.check(signal, shared)
+        state.check(signal, shared, retain=shared is not None or fallback != "error")
         rows = _rows(signal, params, state, retain=shared is not None, fallback=fallback)
         grads: dict[str, Tensor] = {}
         if shared is not None:
@@ -150,7 +153,7 @@ def _rows(
 
 @dataclass
 class _State:
-    """What the patched layers of one call share."""
+    """What the layers of one call share."""
 
     weights: Tensor
     names: dict[int, str]  # of the trainable parameters, by identity
@@ -158,33 +161,66 @@ class _State:
     # none for its parameters, or no more than the gradient of its input.
     mode: Literal["plain", "rows", "silent"] = "plain"
     rows: dict[str, Tensor] = field(default_factory=dict)
-    misfits: dict[str, tuple[str, str]] = field(default_factory=dict)  # parameter: its layer, the input's shape
-    seen: set[str] = field(default_factory=set)  # modules run with gradients, and without
-    blind: set[str] = field(default_factory=set)
+    layers: list[_Layer] = field(default_factory=list)
 
     def add(self, name: str, row: Tensor) -> None:
         """Add to the rows of a parameter, which may be used more than once."""
         self.rows[name] = self.rows[name] + row if name in self.rows else row
 
-    def watch(self, name: str, m: nn.Module, args: object) -> None:
-        """Forward pre-hook: whether a module with trainable parameters runs with gradients."""
-        (self.seen if torch.is_grad_enabled() else self.blind).add(name)
-
-    def check(self, signal: Tensor, shared: Tensor | None) -> None:
-        """Reentrant checkpointing runs its layers without gradients at first and would lose them here."""
-        never = ", ".join(sorted(self.blind - self.seen))
+    def check(self, signal: Tensor, shared: Tensor | None, *, retain: bool) -> None:
+        """Reentrant checkpointing runs its layers without gradients at first and would lose them here; a graph that was
+        compiled to be walked once would give wrong gradients the second time."""
+        never = ", ".join(sorted(layer.name for layer in self.layers if layer.blind and not layer.seen))
         require(not never, "forward()", "trainable layers run with gradients", f"{never} without", _REENTRANT)
-        reentrant = any(node.name().startswith("CheckpointFunction") for node in _graph(signal, shared))
+        nodes = list(_graph(signal, shared))
+        reentrant = any(node.name().startswith("CheckpointFunction") for node in nodes)
         require(not reentrant, "forward()", "no reentrant checkpointing", "CheckpointFunction", _REENTRANT)
+        once = retain and any(map(_is_walked_once, nodes))
+        fix = "Set torch._functorch.config.donated_buffer = False before it is compiled."
+        require(not once, "forward()", "no compiled code without trainable layers of module", "some", fix)
 
     def require_served(self, missing: list[str]) -> None:
         """No parameter is missing, or an error that says which and why."""
-        for layer, got in (self.misfits[name] for name in missing if name in self.misfits):
+        misfits = {key: layer for layer in self.layers if layer.misfit for key in layer.keys if key}
+        for layer in (misfits[name] for name in missing if name in misfits):
             expected = f"an input [B, ..., in] with B = {self.weights.shape[0]} rows"
             fix = 'Keep the rows in the first dimension, or pass fallback="unsupported".'
-            require(False, layer, expected, got, fix)
+            require(False, layer.name, expected, layer.misfit, fix)
         fix = 'Freeze them, or pass fallback="unsupported" for K backward passes of their own.'
         require(not missing, "module", "trainable parameters of nn.Linear layers alone", ", ".join(missing), fix)
+
+
+@dataclass
+class _Layer:
+    """A module with trainable parameters during a call: in its ``__dict__``, where compiled code finds it as well.
+
+    Traced code may read and set what is here, but not ``state`` and the names: graphs are used again in later calls and
+    for other layers, and values they were traced with must not differ.
+    """
+
+    state: _State
+    name: str
+    keys: _Keys
+    rows: int  # B
+    weight: Tensor | None = None  # the parameters that rows are collected for
+    bias: Tensor | None = None
+    weight_rows: Tensor | None = None  # where compiled code sends the gradients of single rows, `_PerRow`
+    bias_rows: Tensor | None = None
+    seen: bool = False  # run with gradients, and without
+    blind: bool = False
+    misfit: str = ""  # the shape of an input without rows
+
+    def watch(self) -> None:
+        """Note whether the module runs with gradients."""
+        if torch.is_grad_enabled():
+            self.seen = True
+        else:
+            self.blind = True
+
+
+def _watch(m: nn.Module, args: object) -> None:
+    """Forward pre-hook of a module that is not served."""
+    m.__dict__[_ATTRIBUTE].watch()
 
 
 def _graph(*outputs: Tensor | None) -> Iterator[Any]:
@@ -198,54 +234,97 @@ def _graph(*outputs: Tensor | None) -> Iterator[Any]:
             todo.extend(parent for parent, _ in node.next_functions)
 
 
+def _is_walked_once(node: Any) -> bool:
+    """A compiled graph whose backward may overwrite what its forward saved: PyTorch's default, not ``_retainable``."""
+    metadata = getattr(getattr(node, "_forward_cls", None), "metadata", None)
+    return bool(getattr(metadata, "bw_donated_idxs", None))
+
+
+def _retainable() -> AbstractContextManager[None]:
+    """Graphs compiled inside can be walked several times."""
+    if "torch._dynamo" not in sys.modules:  # it takes a second to import
+        return nullcontext()
+    from torch._functorch import config
+
+    return config.patch(donated_buffer=False)  # type: ignore[no-any-return]
+
+
 @contextmanager
 def _patched(module: nn.Module, state: _State, *, serve: bool) -> Iterator[None]:
-    """Watch every module with a trainable parameter; plain linear layers collect rows. Undone on the way out."""
-    watched, before = [], []
+    """Watch every module with a trainable parameter; plain linear layers also collect rows. Undone on the way out."""
+    hooks: list[RemovableHandle] = []
+    before: list[tuple[nn.Module, type, _Layer | None]] = []
+    per_row = _per_row(module, state) if serve and "torch._dynamo" in sys.modules else {}
     try:
         for name, m in module.named_modules():
-            if any(id(p) in state.names for p in m.parameters(recurse=False)):
-                hook = functools.partial(state.watch, name or "module")
-                watched.append(m.register_forward_pre_hook(hook))
-                if serve and _is_plain_linear(m):
-                    before.append((m, m.__dict__.get("forward")))
-                    m.__dict__["forward"] = _forward(state, name or "module", m)
+            if not any(id(p) in state.names for p in m.parameters(recurse=False)):
+                continue
+            before.append((m, type(m), m.__dict__.get(_ATTRIBUTE)))
+            m.__dict__[_ATTRIBUTE] = _layer(name or "module", m, state, per_row, serve=serve)
+            # Not served, too, a class of its own: graphs compiled without it are not `_retainable`.
+            if _is_plain_linear(m):
+                m.__class__ = _serving(type(m))  # type: ignore[arg-type]
+            else:
+                hooks.append(m.register_forward_pre_hook(_watch))
         yield
     finally:
         state.mode = "plain"
-        for m, forward in before:
-            del m.__dict__["forward"]
-            if forward is not None:
-                m.__dict__["forward"] = forward
-        for handle in watched:
+        for m, cls, outer in before:
+            m.__class__ = cls
+            del m.__dict__[_ATTRIBUTE]
+            if outer is not None:
+                m.__dict__[_ATTRIBUTE] = outer
+        for handle in hooks:
             handle.remove()
 
 
-def _is_plain_linear(m: nn.Module) -> TypeGuard[nn.Linear]:
+def _layer(name: str, m: nn.Module, state: _State, per_row: dict[str, Tensor], *, serve: bool) -> _Layer:
+    """What a module needs during a call, known to the state as well."""
+    weight, bias = m._parameters.get("weight"), m._parameters.get("bias")
+    keys = (state.names.get(id(weight)), state.names.get(id(bias))) if serve else (None, None)
+    layer = _Layer(state, name, keys, state.weights.shape[0])
+    if keys[0] is not None:
+        layer.weight, layer.weight_rows = weight, per_row.get(keys[0])
+    if keys[1] is not None:
+        layer.bias, layer.bias_rows = bias, per_row.get(keys[1])
+    state.layers.append(layer)
+    return layer
+
+
+def _is_plain_linear(m: nn.Module) -> bool:
     """A linear layer that runs nn.Linear's own forward, or that of a call around this one, on a plain parameter."""
-    forward = m.__dict__.get("forward")
-    own = forward is None or getattr(forward, "__module__", None) == __name__
-    return own and isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward and "weight" in m._parameters
+    own = type(m).forward in (nn.Linear.forward, _Serving.forward) and "forward" not in m.__dict__
+    return own and isinstance(m, nn.Linear) and "weight" in m._parameters
 
 
-def _forward(state: _State, name: str, m: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """``nn.Linear.forward`` that collects rows on the way back, for the parameters the layer was patched with."""
-    weight, bias = m._parameters["weight"], m._parameters.get("bias")
-    names = state.names.get(id(weight)), state.names.get(id(bias))
+class _Serving(nn.Linear):
+    """``nn.Linear`` that collects rows on the way back, for the parameters the layer was patched with."""
 
-    def forward(input: Tensor) -> Tensor:
-        W, b = m.weight, m.bias
-        weight_key = names[0] if W is weight and W.requires_grad else None
-        bias_key = names[1] if b is bias and b is not None and b.requires_grad else None
-        keys = weight_key, bias_key
-        if torch.is_grad_enabled() and (weight_key or bias_key):
-            if input.ndim >= 2 and input.shape[0] == state.weights.shape[0]:
-                return _SharedLinear.apply(input, W, b, keys, state)  # type: ignore[no-any-return,no-untyped-call]
-            state.misfits.update({key: (name, describe(input)) for key in keys if key})
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Linear``."""
+        layer: _Layer = self.__dict__[_ATTRIBUTE]
+        layer.watch()
+        W, b = self.weight, self.bias
+        of_weight = W is layer.weight and W.requires_grad
+        of_bias = b is not None and b is layer.bias and b.requires_grad
+        if torch.is_grad_enabled() and (of_weight or of_bias):
+            if input.ndim < 2 or input.shape[0] != layer.rows:
+                layer.misfit = describe(input)
+            elif torch.compiler.is_compiling():
+                rows = layer.weight_rows if of_weight else None, layer.bias_rows if of_bias else None
+                return _traced(input, W, b, *rows)
+            else:
+                keys = layer.keys[0] if of_weight else None, layer.keys[1] if of_bias else None
+                return _SharedLinear.apply(input, W, b, keys, layer.state)  # type: ignore[no-any-return,no-untyped-call]
         return F.linear(input, W, b)
 
-    # A compiled graph would keep the mode it was traced in. Dynamo takes a second to import, so not just for this.
-    return torch.compiler.disable(forward) if "torch._dynamo" in sys.modules else forward  # type: ignore[no-untyped-call]
+
+@functools.lru_cache(maxsize=64)
+def _serving(cls: type[nn.Linear]) -> type[nn.Linear]:
+    """The class that a layer has during a call: always the same one, for graphs compiled in earlier calls hold then."""
+    if issubclass(cls, _Serving):
+        return cls
+    return type(cls.__name__, (_Serving, cls), {})
 
 
 class _SharedLinear(torch.autograd.Function):
@@ -279,6 +358,74 @@ class _SharedLinear(torch.autograd.Function):
             elif ctx.needs_input_grad[2] and (state.mode == "plain" or not bias_key):
                 grad_b = _tokens(delta).sum((0, 1), dtype=_wide(delta))
         return grad_x, grad_W, grad_b, None, None
+
+
+def _per_row(module: nn.Module, state: _State) -> dict[str, Tensor]:
+    """``[B, *shape]`` of every trainable parameter: what compiled layers seem to depend on, in place of the parameter.
+
+    A compiled graph computes the same gradients whatever the mode, and knows no names. So it sends every row's gradient
+    here, outside of the graph, where the mode says what becomes of it.
+    """
+    with torch.enable_grad():
+        return {
+            state.names[id(p)]: _PerRow.apply(p, state)  # type: ignore[no-untyped-call]
+            for p in module.parameters()
+            if id(p) in state.names
+        }
+
+
+class _PerRow(torch.autograd.Function):
+    """One copy of a parameter for each row, as far as gradients are concerned; its values are never read."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, state: _State) -> Tensor:
+        """``[B, *shape]`` in the dtype in which rows are summed, without memory of its own."""
+        ctx.key, ctx.state, ctx.dtype = state.names[id(p)], state, p.dtype
+        return p.new_empty((), dtype=_wide(p)).expand(state.weights.shape[0], *p.shape)
+
+    @staticmethod
+    def backward(ctx: Any, per_row: Tensor) -> tuple[Tensor | None, None]:
+        """The rows, or the ordinary gradient, or nothing."""
+        state: _State = ctx.state
+        if state.mode == "rows":
+            w = state.weights.to(per_row).mT
+            state.add(ctx.key, (w @ per_row.flatten(1)).reshape(-1, *per_row.shape[1:]))
+        return per_row.sum(0).to(ctx.dtype) if state.mode == "plain" else None, None
+
+
+def _traced(x: Tensor, W: Tensor, b: Tensor | None, weight_rows: Tensor | None, bias_rows: Tensor | None) -> Tensor:
+    """A layer in compiled code: served, or with ordinary gradients where a row has no copy of its own."""
+    if all(p is None or not p.requires_grad or rows is not None for p, rows in ((W, weight_rows), (b, bias_rows))):
+        return _TracedLinear.apply(x, W, b, weight_rows, bias_rows)  # type: ignore[no-any-return,no-untyped-call]
+    return F.linear(x, W, b)
+
+
+class _TracedLinear(torch.autograd.Function):
+    """``F.linear`` whose backward gives the gradients of its input and, for every row, of its parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, weight_rows: Tensor | None, bias_rows: Tensor | None
+    ) -> Tensor:
+        """As ``F.linear``, autocast included."""
+        ctx.save_for_backward(x, W)
+        ctx.dtypes = [None if rows is None else rows.dtype for rows in (weight_rows, bias_rows)]
+        return F.linear(x, W, b)
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None, Tensor | None, Tensor | None]:
+        """What nobody needs is never computed: the compiler drops it."""
+        x, W = ctx.saved_tensors
+        of_weight, of_bias = ctx.dtypes
+        rows_W = rows_b = None
+        with torch.autocast(delta.device.type, enabled=False):
+            grad_x = delta @ W.to(delta.dtype)
+            delta, x = _tokens(delta), _tokens(x.to(delta.dtype))
+            if of_weight is not None:
+                rows_W = torch.bmm(delta.mT, x).to(of_weight)
+            if of_bias is not None:
+                rows_b = delta.sum(1, dtype=_wide(delta)).to(of_bias)
+        return grad_x, None, None, rows_W, rows_b
 
 
 def _wide(x: Tensor) -> torch.dtype:

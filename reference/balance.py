@@ -332,8 +332,7 @@ def all_rows(
             return signal, (prox + (0.0 if kl_apart else loss.kl_weight) * kl).sum() / B
 
         fallback = "all" if rule.rows == "k_pass" else "error"
-        with torch.compiler.set_stance("force_eager" if fallback == "error" else "default"):
-            result = shared_cotangent_rows(forward, policy.model, columns / B, fallback=fallback)  # type: ignore[arg-type]
+        result = shared_cotangent_rows(forward, policy.model, columns / B, fallback=fallback)  # type: ignore[arg-type]
         _add(h, result.rows)
         _add(shared, result.shared)
         assert result.shared_loss is not None

@@ -42,7 +42,7 @@ class ModelConfig:
     """Layers that get an adapter: every linear layer of the blocks, or the attention projections (the paper's)."""
     compile: bool = False
     """torch.compile of the blocks: minutes at the start, faster steps after. Batches that all have the same size
-    compile once; refreshes of rows = shared run without it."""
+    compile once; refreshes have graphs of their own, for any K."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16: the frozen base in bfloat16 and autocast around the model; the adapter and all losses stay float32."""
     gradient_checkpointing: bool = False

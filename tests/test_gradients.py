@@ -750,3 +750,151 @@ def test_gradient_rows_take_any_pytree_and_give_zeros_where_nothing_depends() ->
     assert not rows[1][0].any()
     torch.testing.assert_close(rows[1][1], torch.tensor([0.0, 3.0]))
     assert rows[1][1].dtype == torch.float32
+
+
+def compiled_blocks(module: nn.Module) -> nn.Module:
+    """Each block compiled in place, forward and backward, without kernels of its own: those take minutes."""
+    torch._dynamo.reset()
+    for block in (m for m in module.modules() if isinstance(m, Block)):
+        block.compile(backend="aot_eager", dynamic=False)
+    return module
+
+
+def counted(call: Callable[[], Any]) -> tuple[Any, int, int]:
+    """The result of a call, the graphs compiled during it, and the breaks between graphs."""
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    result = call()
+    return result, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+@pytest.mark.filterwarnings("ignore")  # what the compiler warns about while it traces is not ours
+def test_compiled_layers_collect_rows_without_leaving_their_graph() -> None:
+    """The rows are those of the eager route, and no later call compiles anything anew, whatever K and the weights."""
+    module, x = lora_transformer(torch.float64), rand(4, 5, 8, seed=4)
+    forward = with_shared(module, x)
+    weights = [rand(4, K, seed=K) for K in (6, 6, 3)]
+    eager = [shared_cotangent_rows(forward, module, w) for w in weights]
+    compiled_blocks(module)
+    for again, (w, expected) in enumerate(zip(weights, eager, strict=True)):
+        result, graphs, breaks = counted(partial(shared_cotangent_rows, forward, module, w))
+        assert graphs == (0 if again else 2)  # one for the first block, whose input needs no gradient
+        assert breaks == 0
+        assert_rows(result.rows, expected.rows, 1e-12)
+        assert_rows(result.shared, expected.shared, 1e-12)
+        torch.testing.assert_close(result.signal, expected.signal)
+    signal, shared = forward()  # outside a call the layers are ordinary ones again
+    params = [p for p in module.parameters() if p.requires_grad]
+    found = torch.autograd.grad(signal.sum() + shared, params)
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    ones = shared_cotangent_rows(lambda: signal_of(module, x)(), module, torch.ones(4, 1, dtype=torch.float64))
+    for name, g in zip(names, found, strict=True):
+        torch.testing.assert_close(g, ones.rows[name][0] + eager[0].shared[name])
+    for again, w in enumerate(weights):
+        _, graphs, breaks = counted(partial(shared_cotangent_rows, forward, module, w, fallback="all"))
+        assert (graphs > 0) == (again == 0)
+        assert breaks == 0
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")  # what the compiler warns about while it traces is not ours
+def test_compiled_layers_keep_every_promise_of_the_eager_ones() -> None:
+    """Autocast, other trainable parameters, tied weights, gradients taken in ``forward``, and graphs that are kept."""
+
+    class Compiled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixed, self.one, self.two = Mixed(), nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+            self.two.weight = self.one.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(torch.tanh(self.one(self.mixed(x))))
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    module, x, weights = Compiled().double(), rand(5, 3, 4, seed=1), rand(5, 3, seed=2)
+    forward = with_shared(module, x)
+    expected = k_passes(forward, module, weights)
+    module.compile(backend="aot_eager")
+    with pytest.raises(ValueError, match=r"got mixed\.norm\.weight, .*mixed\.tied\.weight\. Freeze them, or"):
+        shared_cotangent_rows(forward, module, weights)
+    for fallback in ("unsupported", "all"):
+        assert_rows(shared_cotangent_rows(forward, module, weights, fallback=fallback).rows, expected, 1e-12)
+
+    layers: Any = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    x = rand(5, 4, seed=1)
+    run: Any = layers
+    kept: list[Tensor] = []
+
+    def ordinary_gradients() -> Tensor:
+        z = x.clone().requires_grad_()
+        of_x, of_W = torch.autograd.grad(run(z).sum(), [z, layers[0].weight])
+        kept.append(run(x).sin().mean())
+        return (run(x) * of_x).sum(1) * of_W.sum()
+
+    expected = k_passes(ordinary_gradients, layers, weights)
+    run = torch.compile(layers, backend="aot_eager")
+    result, graphs, _ = counted(lambda: shared_cotangent_rows(ordinary_gradients, layers, weights))
+    assert graphs > 0
+    assert_rows(result.rows, expected, 1e-12)
+    before, after = (torch.autograd.grad(loss, list(layers.parameters())) for loss in kept)
+    torch.testing.assert_close(before, after)
+
+    def rows_elsewhere() -> Tensor:
+        return run(x.reshape(1, 5, 4)).reshape(5)
+
+    with pytest.raises(ValueError, match=r"0: expected an input \[B, ..., in\] with B = 5 rows, got .*1, 5, 4"):
+        shared_cotangent_rows(rows_elsewhere, layers, weights)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")  # what the compiler warns about while it traces is not ours
+def test_compiled_layers_under_autocast_and_checkpointing() -> None:
+    torch.manual_seed(0)
+    x, weights = rand(4, 5, 8, seed=4, dtype=torch.float32), rand(4, 6, seed=5, dtype=torch.float32)
+    module = nn.ModuleList([Block(), Block(use_reentrant=False)])
+    module[1].load_state_dict(module[0].state_dict())
+    block, within = module
+
+    def autocast() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return block(x).float().square().flatten(1).mean(1)
+
+    expected, exact = (shared_cotangent_rows(f, block, weights).rows for f in (autocast, signal_of(block, x)))
+    compiled_blocks(module)
+    assert_rows(shared_cotangent_rows(autocast, block, weights).rows, expected, 0.01)
+
+    def around() -> Tensor:  # as diffusers does it
+        return checkpoint(block, x, use_reentrant=False).square().flatten(1).mean(1)
+
+    assert_rows(shared_cotangent_rows(around, block, weights).rows, exact, 1e-5)
+    assert_rows(shared_cotangent_rows(signal_of(within, x), within, weights).rows, exact, 1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that no input requires a gradient
+        with pytest.raises(ValueError, match="use_reentrant=False"):
+            shared_cotangent_rows(lambda: checkpoint(block, x, use_reentrant=True).sum((1, 2)), block, weights)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_graph_compiled_to_be_walked_once_is_never_walked_twice() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    frozen = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.LayerNorm(4), nn.Linear(4, 1)).double().requires_grad_(False)
+    head: Any = torch.compile(frozen, backend="aot_eager")
+    module, x, weights = nn.Linear(4, 4).double(), rand(5, 4, seed=1), rand(5, 2, seed=2)
+    expected = k_passes(lambda: frozen(module(x)).squeeze(1), module, weights)
+    head(module(x)).sum().backward()  # compiled outside of a call, by PyTorch's default
+
+    def forward() -> tuple[Tensor, Tensor]:
+        y = head(module(x)).squeeze(1)
+        return y, y.mean()
+
+    assert_rows(shared_cotangent_rows(lambda: forward()[0], module, weights).rows, expected, 1e-12)
+    with pytest.raises(ValueError, match=r"no compiled code without trainable layers.*donated_buffer = False"):
+        shared_cotangent_rows(forward, module, weights)
+    torch._dynamo.reset()
+    with torch._functorch.config.patch(donated_buffer=False):
+        head(module(x)).sum().backward()
+    assert_rows(shared_cotangent_rows(forward, module, weights).rows, expected, 1e-12)
+    torch._dynamo.reset()
