@@ -49,7 +49,7 @@ def test_targets_come_from_the_metadata_and_other_images_are_not_read() -> None:
     images = torch.zeros(5, 3, 2, 4)
     images[0, 0] = 1.0  # red
     images[3, 2] = 0.5  # blue
-    metadata = [{"ocr": "cat"}, None, {}, {"ocr": "cut", "other": 1}, {"geneval": {}}]
+    metadata: list[dict | None] = [{"ocr": "cat"}, None, {}, {"ocr": "cut", "other": 1}, {"geneval": {}}]
     scores = reward_of([reader])(images, [""] * 5, metadata)
     assert isinstance(scores, Scores)
     assert scores.applicable.tolist() == [True, False, False, True, False]
