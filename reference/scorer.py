@@ -47,7 +47,7 @@ def scorer_of(config: Config, names: Sequence[str], loaded: Mapping[str, Reward]
         ConfigError: a name or a source cannot be used.
     """
     s = config.scoring
-    device = device_of(config.device if s.device == "auto" else s.device, "scoring.device")
+    device = device_of(config.device) if s.device == "auto" else device_of(s.device, "scoring.device")
     missing = tuple(name for name in names if name not in (loaded or {}))
     found = dict(loaded or {}) | load_rewards(missing, device, sources_of(config))
     return Scorer({name: found[name] for name in names}, device, s.batch, s.background)

@@ -42,7 +42,7 @@ def test_the_help_of_train_is_worth_reading(capsys: pytest.CaptureFixture[str]) 
     printed = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
     for words in (
         *BUILT_IN_RULES,
-        "{world,demo,tiny}",
+        "{world,demo,tiny,sd35m,sd35m-single-gpu}",
         "--solve.refresh-every",
         "--dry-run",
         "advantages are relative",
@@ -78,6 +78,8 @@ def test_a_bad_configuration_does_nothing(tmp_path: Path, capsys: pytest.Capture
     assert "Did you mean 'objects'?" in capsys.readouterr().err
     assert main(["train", "--preset", "tiny", "--run", str(run), "--rewards", "jpeg", "no.module:reward"]) == 2
     assert "No module named 'no'" in capsys.readouterr().err
+    assert main(["train", "--preset", "tiny", "--run", str(run), "--device", "gpu"]) == 2
+    assert "device: cannot use 'gpu'" in capsys.readouterr().err
     assert main(["train", "--preset", "tiny", "--run", str(run), "--balance", "marble_core:no_rule"]) == 2
     assert "no_rule" in capsys.readouterr().err
     assert not run.exists()

@@ -196,6 +196,59 @@ def test_presets_are_valid_with_every_rule(name: Preset, balance: str) -> None:
     validate(dataclasses.replace(preset(name), balance=balance))
 
 
+def test_the_paper_s_constants() -> None:
+    paper = preset("sd35m")
+    m, r, loss, o = paper.model, paper.rollout, paper.loss, paper.optim
+    assert (m.base, m.resolution) == ("stabilityai/stable-diffusion-3.5-medium", 512)
+    assert (m.lora_rank, m.lora_alpha, m.lora_targets) == (32, 64.0, "attention")
+    assert (o.lr, o.betas, o.weight_decay, o.eps, o.clip) == (3e-4, (0.9, 0.999), 1e-4, 1e-8, 1.0)
+    assert (r.prompts_per_epoch, r.images_per_prompt, r.steps, r.sampler) == (48, 24, 10, "dpm2")
+    assert (loss.timesteps_per_image, training_times(paper), o.steps_per_epoch) == (0, 9, 1)
+    assert (loss.form, loss.kl_weight, loss.beta, loss.a_max, loss.std) == ("x0", 1e-4, 0.1, 5.0, "global")
+    assert (o.old_decay, o.ema_cap) == ("standard", 0.9)
+    assert paper.rewards == ("pickscore", "hpsv2", "clipscore", "ocr", "geneval")
+    assert paper.log.watch == ("aesthetic", "imagereward", "unifiedreward")
+    rule = rule_of(paper)
+    assert (rule.refresh_every, rule.rho, rule.gradients, rule.amortize) == (10, 0.7, "full", "paper")
+
+
+def test_what_one_gpu_trades_is_what_the_documentation_says() -> None:
+    many, one = leaves(preset("sd35m")), leaves(preset("sd35m-single-gpu"))
+    assert {key: (many[key], one[key]) for key in many if many[key] != one[key]} == {
+        "run": (Path("runs/sd35m"), Path("runs/sd35m-single-gpu")),
+        "model.t5_tokens": (256, 128),
+        "rollout.prompts_per_epoch": (48, 16),
+        "loss.timesteps_per_image": (0, 3),
+        "log.watch": (("aesthetic", "imagereward", "unifiedreward"), ("aesthetic", "imagereward")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rewards", ("objects",), r"rewards to name rewards of Stable Diffusion 3, pickscore, .*got 'objects'"),
+        ("rewards", ("pikscore",), r"Did you mean 'pickscore'\?"),
+        ("log.watch", ("jpeg",), r"log\.watch to name rewards of Stable Diffusion 3"),
+        ("rollout.prompts", (), r"rollout\.prompts to name at least one source"),
+        ("rollout.prompts", ("world",), r"to be files for Stable Diffusion 3; make some with"),
+        ("rollout.held_out", (), r"rollout\.held_out to name a file"),
+        ("rollout.weights", (1.0,), r"rollout\.weights to be empty or 3 numbers, one a source"),
+        ("rollout.weights", (1.0, 0.0, 1.0), r"rollout\.weights to be finite and positive"),
+        ("scoring.batch", 0, r"scoring\.batch to be positive where scoring\.background"),
+        ("scoring.batch", -1, r"scoring\.batch to be at least 0"),
+        ("model.resolution", 0, r"model\.resolution to be positive"),
+    ],
+)
+def test_what_cannot_be_with_stable_diffusion_is_named(key: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(with_value(key, value, preset("sd35m")))
+
+
+def test_rewards_of_models_are_not_for_the_small_world() -> None:
+    with pytest.raises(ConfigError, match=r"rewards to name rewards of the small world, objects, .*got 'pickscore'"):
+        validate(Config(rewards=("pickscore",)))
+
+
 def test_presets_have_folders_of_their_own() -> None:
     assert len({preset(name).run for name in PRESETS}) == len(PRESETS)
 

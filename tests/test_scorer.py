@@ -45,7 +45,8 @@ def test_scores_do_not_depend_on_batches_chunks_or_threads(batch: int, sizes: tu
     prompts = plain_prompts(str(i) for i in range(7))
     whole = torch.cat(batches(sizes))
     expected = score({"spy": spy, "random": random_draw}, whole, prompts)
-    found, order = [], []
+    found: list[Scores] = []
+    order: list[int] = []
     for background in (False, True):
         seen.clear()
         order.clear()
