@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import random
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from reference.config import Config, is_world
 from reference.errors import ConfigError
 from reference.prompt_files import Prompt, mixture_of_epoch, passes, read_mixture
+from reference.rewards import REWARDS
 from reference.scoring import plain_prompts
 from reference.world.scenes import KINDS, prompt_of, random_scene, tokens
 
@@ -57,12 +59,25 @@ def held_out_prompts(config: Config) -> list[Prompt]:
 def _sources(names: Sequence[str], config: Config, count: int, *, held_out: bool) -> list[list[Prompt]]:
     """The prompts of each source."""
     if not is_world(config.model.base):
-        return read_mixture(names)
+        sources = read_mixture(names)
+        _check_rewards(sources, config)
+        return sources
     seed = 0 if held_out else config.seed
     return [
         plain_prompts(world_prompts(count, seed, held_out=held_out) if name == "world" else read_prompts(Path(name)))
         for name in names
     ]
+
+
+def _check_rewards(sources: Sequence[Sequence[Prompt]], config: Config) -> None:
+    """Raise if a source restricts its prompts to a reward that does not exist: it would silently never apply."""
+    known = (*config.rewards, *config.log.watch, *REWARDS)
+    for name in dict.fromkeys(name for source in sources for prompt in source for name in prompt.rewards or ()):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            listed = ", ".join(dict.fromkeys(known))
+            raise ConfigError(f"rollout.prompts: expected rewards after # to be among {listed}, got {name!r}.{hint}")
 
 
 def world_prompts(count: int, seed: int, *, held_out: bool) -> list[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from reference.config import Config, RolloutConfig
+from reference.config import Config, RolloutConfig, preset
 from reference.errors import ConfigError
-from reference.prompts import Pool, prompts_of_epoch, read_prompts, training_pool, world_prompts
+from reference.prompt_files import Prompt
+from reference.prompts import Pool, held_out_prompts, prompts_of_epoch, read_prompts, training_pool, world_prompts
 from reference.scoring import plain_prompts
 from reference.world.scenes import is_held_out
 
@@ -71,6 +73,31 @@ def test_generated_prompts_are_distinct_and_keep_to_their_side(held_out: bool) -
     assert prompts == world_prompts(90, 0, held_out=held_out)[:80]
     assert prompts != world_prompts(80, 1, held_out=held_out)
     assert sum('the text "' in prompt for prompt in prompts) >= 32  # two kinds of five
+
+
+def of_model(*sources: str, held_out: tuple[str, ...] = (), count: int = 60) -> Config:
+    plain = preset("sd35m")
+    rollout = RolloutConfig(prompts=sources, held_out=held_out)
+    log = dataclasses.replace(plain.log, eval_prompts=count)
+    return dataclasses.replace(plain, rollout=rollout, log=log)
+
+
+def test_files_of_several_kinds_are_read_with_what_rewards_need(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a cat\na dog\n")
+    (tmp_path / "b.txt").write_text('a sign "CAFE"\n')
+    sources = f"{tmp_path}/a.txt#pickscore,hpsv2", f"{tmp_path}/b.txt"
+    pool = training_pool(of_model(*sources))
+    assert pool.sources == (
+        (Prompt("a cat", {}, ("pickscore", "hpsv2")), Prompt("a dog", {}, ("pickscore", "hpsv2"))),
+        (Prompt('a sign "CAFE"', {"ocr": "CAFE"}, None),),
+    )
+    texts = [[p.text for p in prompts_of_epoch(pool, 4, 0, epoch)] for epoch in range(2)]
+    assert all(Counter(t) == {"a cat": 1, "a dog": 1, 'a sign "CAFE"': 2} for t in texts)
+    held_out = held_out_prompts(of_model(*sources, held_out=sources))
+    assert [p.text for p in held_out] == ["a cat", 'a sign "CAFE"', "a dog"]  # in turn
+    assert held_out_prompts(of_model(*sources, held_out=sources, count=2)) == held_out[:2]
+    with pytest.raises(ConfigError, match=r"rewards after # .* got 'pikscore'\. Did you mean 'pickscore'"):
+        training_pool(of_model(f"{tmp_path}/a.txt#pikscore"))
 
 
 def passes_of_epoch(prompts: Sequence[str], count: int, seed: int, epoch: int) -> list[str]:
