@@ -120,12 +120,12 @@ def _stable_diffusion(config: Config) -> dict[str, str]:
         lines |= _memory(config, sum(m.lora_rank * sum(layer.weight.shape) for layer in layers))
         lines["base"] = f"{size / 1e9:.2f} GB of transformer weights in {m.precision}"
     except ConfigError as error:
-        lines["missing"] = str(error)
+        lines["no model"] = str(error)
     try:
         pool, held_out = training_pool(config), held_out_prompts(config)
         lines["prompts"] = f"{len(all_prompts(pool))} for training, {len(held_out)} held out"
     except ConfigError as error:
-        lines["missing "] = str(error).replace("\n", "\n# " + 12 * " ")
+        lines["no prompts"] = str(error).replace("\n", "\n# " + 12 * " ")
     lines["time"] = "not estimated: it is the GPU's, see docs/benchmarks.md"
     return lines
 

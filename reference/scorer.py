@@ -159,7 +159,8 @@ def _executor(scorer: Scorer) -> Iterator[_Submit]:
     if not scorer.background:
         yield lambda rewards, images, prompts, first: score(rewards, images, prompts, first=first)
         return
-    pool = ThreadPoolExecutor(1, thread_name_prefix="rewards")
+    threads = torch.get_num_threads()  # of this thread; another one starts with its own
+    pool = ThreadPoolExecutor(1, "rewards", torch.set_num_threads, (threads,))
     try:
         yield lambda rewards, images, prompts, first: pool.submit(score, rewards, images, prompts, first=first)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from reference import checkpoint
 from reference.balance import Balance
-from reference.config import Config, to_toml
+from reference.config import Config, LogConfig, ScoringConfig, from_toml, to_toml
 from reference.errors import CheckpointError, ConfigError
 from reference.estimate import Tree
 from reference.live import Live
@@ -43,10 +44,11 @@ def open_run(config: Config, resume: bool) -> None:
     if metrics.exists() and metrics.stat().st_size and not resume:
         raise ConfigError(f"run: {run} already holds a run. Continue it with --resume, or choose another --run.")
     started = run / "config.toml"
-    if resume and started.exists() and _essentials(started.read_text(encoding="utf-8")) != _essentials(to_toml(config)):
+    if resume and started.exists() and _essentials(from_toml(started, Config())) != _essentials(config):
         raise ConfigError(
             f"--resume: the run in {run} was started with another configuration (see its config.toml). Only epochs, "
-            "threads and the log table may change; start another run for anything else."
+            "threads, devices, what memory depends on, and the log and scoring tables may change; start another run "
+            "for anything else."
         )
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,9 @@ def save_state(
     last: bool = False,
 ) -> None:
     """Write a checkpoint, and the averaged weights for diffusers. A disk that is full stops nothing but the last one:
-    the run goes on, and tries again."""
+    the run goes on, and tries again. Of several processes, whose states are the same, the main one writes."""
+    if not live.main:
+        return
     leaves, _ = pytree.tree_flatten(state.balance)
     data = {
         "epoch": state.epoch,
@@ -93,15 +97,22 @@ def save_state(
 
 
 def restore_state(
-    saved: dict[str, Any], policy: Policy, optimizer: torch.optim.Optimizer, fresh: State, config: Config
+    saved: dict[str, Any],
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    fresh: State,
+    config: Config,
+    *,
+    main: bool = True,
 ) -> State:
-    """Put a checkpoint back, and cut what was logged after it."""
+    """Put a checkpoint back, and cut what was logged after it; of several processes, the main one cuts."""
     load_adapter(policy, "default", saved["default"])
     load_adapter(policy, "old", saved["old"])
     optimizer.load_state_dict(saved["optimizer"])
     leaves, spec = pytree.tree_flatten(fresh.balance)
-    with (config.run / "metrics.jsonl").open("r+b") as file:
-        file.truncate(saved["metrics"])
+    if main:
+        with (config.run / "metrics.jsonl").open("r+b") as file:
+            file.truncate(saved["metrics"])
     device = next(iter(fresh.ema.values())).device
     balance = [x.to(like.device) for x, like in zip(saved["balance"], leaves, strict=True)]
     previous = saved["previous"]
@@ -131,7 +142,17 @@ def export_lora(policy: Policy, ema: Tree, run: Path) -> None:
         raise CheckpointError(f"cannot write {run / LORA}: {error}.") from error
 
 
-def _essentials(toml: str) -> str:
+def _essentials(config: Config) -> Config:
     """A configuration without what may differ between the parts of one run."""
-    lines = toml.split("\n[log]")[0].splitlines()
-    return "\n".join(line for line in lines if line.split(" = ")[0] not in ("epochs", "threads", "run"))
+    return dataclasses.replace(
+        config,
+        run=Path(),
+        epochs=0,
+        threads=0,
+        device="",
+        model=dataclasses.replace(config.model, cache=Path(), compile=False, gradient_checkpointing=False),
+        rollout=dataclasses.replace(config.rollout, batch=0),
+        scoring=ScoringConfig(),
+        optim=dataclasses.replace(config.optim, micro_batch=0),
+        log=LogConfig(),
+    )

@@ -11,7 +11,7 @@ import torch
 
 @pytest.fixture(scope="session")
 def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a Stable Diffusion 3 pipeline of 0.2 million random weights, with all three text encoders."""
+    """The folder of a Stable Diffusion 3 pipeline of 60,000 random weights, with all three text encoders."""
     return save_tiny_sd3(tmp_path_factory.mktemp("sd3") / "pipeline", t5=True)
 
 

@@ -365,6 +365,22 @@ def test_diffusers_loads_the_run_and_draws_our_images(
     assert float((ours["trained"] - ours["base"]).abs().max()) > 1e-2
 
 
+def test_a_run_goes_on_where_it_was_stopped(trained: Path, flags: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    sys.path.insert(0, str(trained.parent))
+    try:
+        more = ["--run", str(run), "--epochs", "3", "--scoring.batch", "5", "--model.gradient-checkpointing"]
+        assert main(["train", *flags, *more, "--resume"]) == 0
+        assert main(["train", *flags, "--run", str(run), "--rollout.steps", "4", "--resume"]) == 2
+    finally:
+        sys.path.remove(str(trained.parent))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "step"] == [1, 2, 3]
+    before, after = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (trained, run))
+    assert any(not torch.equal(x, after[name]) for name, x in before.items())
+
+
 def test_the_exported_file_has_the_scale_in_it(trained: Path) -> None:
     state = checkpoint.latest(trained / "checkpoints")
     assert state is not None
@@ -404,7 +420,10 @@ def test_the_plan_counts_without_weights(
     assert f"# trained     {sum(p.numel() for p in parameters(policy).values())} parameters" in printed
     assert "# prompts     3 for training, 2 held out" in printed
     assert main(["train", *flags, "--model.base", str(folder), "--rollout.prompts", "none.txt", "--dry-run"]) == 0
-    assert "# missing" in capsys.readouterr().out
+    assert "# no prompts  rollout.prompts: cannot read none.txt" in capsys.readouterr().out
+    (folder / "model_index.json").write_text("{")
+    assert main(["train", *flags, "--model.base", str(folder), "--dry-run"]) == 0
+    assert "# no model    model.base: cannot read " in capsys.readouterr().out
 
 
 def test_prompts_can_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
