@@ -149,13 +149,13 @@ def test_rules_with_a_memory_go_on_bit_exactly(tmp_path: Path, monkeypatch: pyte
     assert without_times(run.run) == without_times(unbroken.run)
 
 
-def test_gains_tilt_the_weights_once_prompts_come_again(tmp_path: Path) -> None:
+def test_gains_tilt_the_weights(tmp_path: Path) -> None:
     soft = config(tmp_path / "run", epochs=5, solve=SolveConfig(softmin=4.0))
     train(soft)
     epochs, steps = records(soft.run, "epoch"), records(soft.run, "step")
-    assert [any(g is not None for g in e["gains"].values()) for e in epochs] == [False, False, True, True, True]
-    assert all(list(s["coefficients"].values()) == pytest.approx([1 / 3] * 3) for s in steps[:4])
-    for epoch, pair in zip(epochs[2:], zip(steps[4::2], steps[5::2], strict=True), strict=True):
+    assert all(gain == 0 for gain in epochs[0]["gains"].values())
+    assert all(any(abs(gain) > 1e-3 for gain in e["gains"].values()) for e in epochs[1:])
+    for epoch, pair in zip(epochs, zip(steps[::2], steps[1::2], strict=True), strict=True):
         gains = torch.tensor([epoch["gains"][k] for k in REWARDS])
         w = torch.softmax(-4.0 * gains.double(), 0)
         for step in pair:
