@@ -305,7 +305,7 @@ _MIN_NORM = Rule(
     rows="shared",
 )
 _RULES = {
-    "marble": dataclasses.replace(_MIN_NORM, solver="prior", softmin=5.0),
+    "marble": dataclasses.replace(_MIN_NORM, solver="prior", softmin=2.0),
     "marble-paper": dataclasses.replace(_MIN_NORM, gradients="full", guard=0.0, amortize="paper"),
     "min-norm": _MIN_NORM,
     "weighted-sum": dataclasses.replace(_MIN_NORM, kind="weighted-sum"),
