@@ -140,6 +140,32 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """All rewards of a run on held-out prompts, with intervals, and the paper's composite."""
+
+    run: Path = Path("runs/world")
+    """Folder of the run; the averaged weights of its newest checkpoint are judged."""
+    prompts: tuple[str, ...] = ()
+    """Files of prompts as [format:]path[#reward,reward], all of each; without any, the run's held-out prompts."""
+    rewards: tuple[str, ...] = ()
+    """Rewards to judge by; without any, those that the run was trained on and those that it watched."""
+    images: int = 1
+    """Images of each prompt."""
+    steps: int = 40
+    """Sampling steps."""
+    seed: int = 0
+    """Seed of the noise."""
+    base: bool = False
+    """Judge the base model as well, on images from the same noise, and the change."""
+    models: Annotated[tuple[str, ...], tyro.conf.arg(name="scoring.models")] = ()
+    """Where rewards load their models from, as name=source, over what the run says."""
+    device: str = "auto"
+    """auto for a GPU where there is one, or cpu, cuda, cuda:1, ..."""
+    folder: Path | None = None
+    """Where the files go; by default evaluation/ in the run folder. Those of an earlier evaluation are replaced."""
+
+
+@dataclass(frozen=True)
 class MakePrompts:
     """Make a file of prompts, so that a run needs none from elsewhere."""
 
@@ -295,6 +321,27 @@ def generate_command(argv: Sequence[str]) -> None:
     print(f"grid: {found}")
 
 
+def evaluate_command(argv: Sequence[str]) -> None:
+    """``evaluate``."""
+    a = tyro.cli(Evaluate, prog="python -m reference evaluate", args=list(argv))
+    from reference.experiments.evaluation import evaluate_run
+
+    folder = a.folder or a.run / "evaluation"
+    found = evaluate_run(
+        a.run,
+        folder,
+        prompts=a.prompts,
+        rewards=a.rewards,
+        images=a.images,
+        steps=a.steps,
+        seed=a.seed,
+        base=a.base,
+        models=a.models,
+        device=a.device,
+    )
+    print(f"{found}\nfiles: {folder}")
+
+
 def make_prompts_command(argv: Sequence[str]) -> None:
     """``make-prompts``."""
     a = tyro.cli(MakePrompts, prog="python -m reference make-prompts", args=list(argv))
@@ -336,6 +383,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "compare": (compare_command, "rules and seeds side by side: tables and figures of held-out gains"),
     "diagnose": (diagnose_command, "signal, noise and conflict of the gradients, and what each rule makes of them"),
     "generate": (generate_command, "images of a run on a grid, for any prompts"),
+    "evaluate": (evaluate_command, "all rewards of a run on any prompts, with intervals, and the paper's composite"),
     "make-prompts": (make_prompts_command, "a file of prompts, so that a run needs none from elsewhere"),
     "report": (report_command, "write the HTML report of a run again"),
     "world-accuracy": (accuracy_command, "how well the rewards judge rendered scenes"),

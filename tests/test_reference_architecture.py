@@ -67,6 +67,9 @@ ORDER = (
     "experiments.statistics",
     "experiments.comparison",
     "experiments.compare",
+    "experiments.paper",
+    "experiments.summary",
+    "experiments.evaluation",
     "__main__",
 )
 

@@ -1,0 +1,203 @@
+"""Judge a run: its rewards, trained and held out, on any prompts, beside the base model and the paper's table."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from reference import checkpoint
+from reference.base import Base
+from reference.config import WORLD_REWARDS, Config, from_toml, is_world
+from reference.devices import tf32
+from reference.errors import ConfigError
+from reference.evaluate import generate_batches, generator, prompt_means
+from reference.experiments.paper import paper_table
+from reference.experiments.summary import Evaluation, Judged, analyse, as_json, as_markdown, write_csv
+from reference.model import load_model
+from reference.policy import Adapter, Policy, weights_of
+from reference.prompt_files import Prompt
+from reference.prompts import held_out_prompts
+from reference.rewards import REWARDS
+from reference.scorer import Scorer, score_images, scorer_of
+from reference.scoring import Scores
+
+STRICT = "geneval_strict"  # GenEval's own 0 or 1: where the graded reward is 1
+
+
+def evaluate_run(
+    run: Path,
+    folder: Path,
+    *,
+    prompts: Sequence[str] = (),
+    rewards: Sequence[str] = (),
+    images: int = 1,
+    steps: int = 40,
+    seed: int = 0,
+    base: bool = False,
+    models: Sequence[str] = (),
+    device: str = "auto",
+) -> str:
+    """Sample, score, and write ``prompts.csv``, ``summary.json`` and ``summary.md``; returns the last one's text.
+
+    The weights are the averaged ones of the newest checkpoint, the sampler is the run's.
+
+    Args:
+        run: folder of the run.
+        folder: of the files; those of an earlier evaluation are replaced.
+        prompts: sources, as for ``rollout.held_out``, every prompt of them; none for the run's own held-out prompts.
+        rewards: names; none for those trained and those in ``log.watch``.
+        images: of each prompt.
+        steps: of the sampler.
+        seed: of the noise; that of the trainer's own evaluations is 0.
+        base: judge the base model as well, on images from the same noise, into ``prompts-base.csv``.
+        models: name=source entries, over those of the run's ``scoring.models``.
+        device: as in a configuration.
+
+    Raises:
+        ConfigError: the run, its prompts, its rewards or the folder cannot be used; nothing has been sampled.
+    """
+    for name, value in (("--images", images), ("--steps", steps)):
+        if value < 1:
+            raise ConfigError(f"{name}: expected at least 1, got {value}.")
+    config, state = load_run(run, device, models)
+    names, chosen = reward_names(config, rewards), prompts_of(config, prompts)
+    scorer = scorer_of(config, names)
+    scorer = scorer._replace(batch=scorer.batch or config.rollout.batch)  # else all images would wait for the last
+    clear(folder)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    model, policy = load_model(config, [prompt.text for prompt in chosen])
+
+    def judged(adapter: Adapter) -> Judged:
+        return judge(policy, model, adapter, chosen, scorer, config, images=images, steps=steps, seed=seed)
+
+    with weights_of(policy, state["ema"]), tf32(model.device):
+        after, before = judged("default"), judged("base") if base else None
+    where = {"run": str(run), "epoch": state["epoch"], "step": state["step"], "sources": list(prompts)}
+    where |= {"images": images, "steps": steps, "sampler": config.rollout.sampler, "seed": seed}
+    columns = (*names, STRICT) if "geneval" in names else names
+    trained = tuple(name in config.rewards or (name == STRICT and "geneval" in config.rewards) for name in columns)
+    return write(folder, Evaluation(where, columns, trained, tuple(p.text for p in chosen), after, before))
+
+
+def load_run(run: Path, device: str, models: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
+    """A run's configuration, with another device and more sources of rewards' models, and its newest checkpoint.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if not (run / "config.toml").is_file():
+        raise ConfigError(f"--run: expected the folder of a run, with its config.toml, got {run}.")
+    config = from_toml(run / "config.toml", Config())
+    scoring = dataclasses.replace(config.scoring, models=(*config.scoring.models, *models))
+    state = checkpoint.latest(run / "checkpoints")
+    if state is None:
+        raise ConfigError(f"--run: {run} has no checkpoint yet. Train it, or give another run.")
+    return dataclasses.replace(config, device=device, scoring=scoring), state
+
+
+def reward_names(config: Config, given: Sequence[str]) -> tuple[str, ...]:
+    """The rewards to judge by: those given, or those trained and then those watched.
+
+    Raises:
+        ConfigError: one of those given is unknown.
+    """
+    known = WORLD_REWARDS if is_world(config.model.base) else REWARDS
+    for name in given:
+        if name not in known and ":" not in name and "." not in name:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"--rewards: expected one of {', '.join(known)} or module:callable, got {name!r}.{hint}")
+    return tuple(dict.fromkeys(given or config.rewards + config.log.watch))
+
+
+def prompts_of(config: Config, sources: Sequence[str]) -> list[Prompt]:
+    """All prompts of the sources, or the run's own held-out prompts.
+
+    Raises:
+        ConfigError: a source cannot be used; every line at fault is named.
+    """
+    if not sources:
+        return held_out_prompts(config)
+    count = config.log.eval_prompts if "world" in sources else sys.maxsize  # the world never runs out of prompts
+    rollout = dataclasses.replace(config.rollout, held_out=tuple(sources))
+    log = dataclasses.replace(config.log, eval_prompts=count)
+    return held_out_prompts(dataclasses.replace(config, rollout=rollout, log=log))
+
+
+def judge(
+    policy: Policy,
+    base: Base,
+    adapter: Adapter,
+    prompts: Sequence[Prompt],
+    scorer: Scorer,
+    config: Config,
+    *,
+    images: int,
+    steps: int,
+    seed: int,
+) -> Judged:
+    """Score ``images`` images of each prompt, batch by batch: none is kept.
+
+    The noise is that of ``evaluate.evaluate``, whatever the adapter.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(images)]
+    noise = torch.randn(len(repeated), *base.latent_shape, generator=generator(seed, "evaluation"))
+    texts, r = [prompt.text for prompt in repeated], config.rollout
+
+    def drawn() -> Iterator[Tensor]:
+        with tqdm(total=len(texts), desc=f"images, {adapter}", unit="image", disable=None) as bar:
+            for _, made in generate_batches(
+                policy, base, texts, noise, adapter=adapter, sampler=r.sampler, steps=steps, batch=r.batch
+            ):
+                yield made
+                bar.update(len(made))
+
+    scores = with_strict(tuple(scorer.rewards), score_images(scorer, drawn(), repeated))
+    counts = scores.applicable.reshape(len(prompts), images, -1).sum(1)
+    return Judged(prompt_means(scores, images).double().numpy(), counts.double().numpy())
+
+
+def with_strict(names: Sequence[str], scores: Scores) -> Scores:
+    """The scores and, where GenEval's graded one is among them, its strict one as a further column."""
+    if "geneval" not in names:
+        return scores
+    k = names.index("geneval")
+    values, applicable = scores.values[:, k], scores.applicable[:, k]
+    strict = ((values == 1) & applicable).to(values.dtype)
+    return Scores(torch.column_stack([scores.values, strict]), torch.column_stack([scores.applicable, applicable]))
+
+
+def clear(folder: Path) -> None:
+    """Make the folder, without the files of an earlier evaluation: before the sampling, as that may take hours.
+
+    Raises:
+        ConfigError: it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (folder / name for name in ("prompts.csv", "prompts-base.csv", "summary.json", "summary.md")):
+            path.touch()
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"--folder: cannot write to {folder}: {error}. Choose another.") from error
+
+
+def write(folder: Path, found: Evaluation) -> str:
+    """Write all files, and return the text of ``summary.md``."""
+    table = paper_table()
+    result = analyse(found, table)
+    write_csv(folder / "prompts.csv", found.rewards, found.prompts, found.run)
+    if found.base is not None:
+        write_csv(folder / "prompts-base.csv", found.rewards, found.prompts, found.base)
+    (folder / "summary.json").write_text(as_json(found, result, table), encoding="utf-8")
+    text = as_markdown(found, result, table)
+    (folder / "summary.md").write_text(text, encoding="utf-8")
+    return text
