@@ -28,9 +28,12 @@ from marble_core import (
     update_coefficients,
 )
 from reference.config import SOLVERS, LossConfig, Rule
+from reference.distributed import ALONE, World, all_reduce
 from reference.estimate import Estimate, Signal, Tree, collect, init_estimate, observe
 from reference.policy import Policy, active, merged, parameters, velocity
 from reference.scoring import load_callable
+
+_LOGGED = ("kl", "drift", "v_norm", "x0_abs", "loss")  # means over the rows of a step
 
 
 class Rows(NamedTuple):
@@ -96,6 +99,20 @@ class Step(NamedTuple):
     previous: Tree | None
 
 
+class Whole(NamedTuple):
+    """A step over all processes, each of which has some of its rows, or none.
+
+    Attributes:
+        world: the processes.
+        first: rows of the step's first half.
+        total: rows of the step.
+    """
+
+    world: World
+    first: int
+    total: int
+
+
 class StepResult(NamedTuple):
     """One step's gradient by parameter name, the balancing state after it, and what to log."""
 
@@ -113,39 +130,61 @@ def init_balance(K: int, rule: Rule, trained: Mapping[str, Tensor]) -> Balance:
 
 
 def step_gradient(
-    policy: Policy, rows: Rows, balance: Balance, rule: Rule, loss: LossConfig, step: Step, *, micro_batch: int
+    policy: Policy,
+    rows: Rows,
+    balance: Balance,
+    rule: Rule,
+    loss: LossConfig,
+    step: Step,
+    *,
+    micro_batch: int,
+    whole: Whole | None = None,
 ) -> StepResult:
     """The gradient of one optimiser step.
 
     An ordinary step is one backward pass per micro-batch, with the reward part of every row weighted by the current
     coefficients. A refresh accumulates all K gradients over the micro-batches first, solves once, and combines them.
+    Several processes add up what they have accumulated, once a step, before anything is made of it; all get the same
+    result.
 
     Args:
         policy: with ``default`` trained and ``old`` as it was when it sampled.
-        rows: of the whole step.
+        rows: of the step, on this process.
         balance: state before the step.
         rule: the balancing rule.
         loss: the NFT loss.
         step: what to do.
         micro_batch: rows at a time.
+        whole: the step over all processes; by default there is but this one.
 
     Returns:
         ``StepResult``.
+
+    Raises:
+        PeerError: another process has failed.
     """
+    whole = whole or Whole(ALONE, int((rows.half == 0).sum()), rows.x0.shape[0])
     weigh = signal_weights(rule, balance, loss.a_max, step)
     if not (step.refresh or step.collect):
-        gradient, metrics = _plain(policy, rows, rule, balance, loss, weigh, micro_batch, step.uniform)
+        gradient, metrics = _plain(policy, rows, rule, balance, loss, weigh, micro_batch, step.uniform, whole)
         return StepResult(gradient, balance, metrics, None)
-    K = rows.A.shape[1]
+    K, full = rows.A.shape[1], rule.gradients == "full"
     fixed = not step.refresh or rule.kind != "solve" or step.uniform
-    a, b, own, shared, metrics = _halves(policy, rows, rule, loss, weigh if fixed else None, micro_batch)
+    parts = [
+        all_rows(policy, part, rule, loss, weigh if fixed else None, micro_batch, total)
+        for part, total in _halves(rows, whole)
+    ]
+    apart = step.refresh and full and loss.kl_weight > 0
+    pull = _kl_gradient(policy, rows, loss, micro_batch, whole.total) if apart else {}
+    parts, pull = all_reduce((parts, pull), whole.world)
+    a, b, last, shared, metrics = _joined(parts, whole, K)
+    own = last if fixed else None
     h = {name: (a[name] + b[name]) / 2 for name in a}
     estimate, sum_a, sum_b = collect(balance.estimate, a, b, rule)
     balance = balance._replace(estimate=estimate)
     if not step.refresh:
         assert own is not None
         return StepResult({name: x + shared[name] for name, x in own.items()}, balance, metrics, None)
-    full = rule.gradients == "full"
     estimate, signal = observe(estimate, sum_a, sum_b, shared if full else None, rule, step.metric)
     balance = balance._replace(estimate=estimate)
     solution = solve(rule, signal, step.prior)
@@ -156,8 +195,7 @@ def step_gradient(
         balance, rho_used, c = refreshed(rule, balance, signal.gram, solution, step.prior)
         direction, prox_scale = combine_rows(signal.rows or h, c), float(c.sum()) if full else 1.0
     gradient = {name: x + prox_scale * shared[name] for name, x in direction.items()}
-    if full and loss.kl_weight > 0:
-        pull = _kl_gradient(policy, rows, loss, micro_batch)
+    if pull:
         gradient = {name: x + pull[name] for name, x in gradient.items()}
     g = {name: x + shared[name] for name, x in h.items()} if full else h
     record = _record(balance, solution, signal, gradient, g, c, step.previous, rho_used)
@@ -262,13 +300,13 @@ def _plain(
     weigh: Callable[[Tensor, Tensor], Tensor],
     micro_batch: int,
     uniform: bool,
+    whole: Whole,
 ) -> tuple[Tree, dict[str, float]]:
     """One backward pass a micro-batch with the coefficients at hand."""
-    B, trained = rows.x0.shape[0], parameters(policy)
+    B, trained = whole.total, parameters(policy)
     scaled = rule.gradients == "full" and rule.amortize == "norm_corrected" and rule.kind == "solve" and not uniform
     prox_scale = float(balance.applied.sum()) if scaled else 1.0
-    total = {name: torch.zeros_like(p) for name, p in trained.items()}
-    sums: dict[str, Tensor] = {}
+    total, sums = _zeros(trained), _no_sums(rows)
     for part in micro_batches(rows, micro_batch):
         prox, signal, kl, log = _terms(policy, part, loss)
         objective = (prox_scale * prox + weigh(part.A, part.A_sum) * signal + loss.kl_weight * kl).sum() / B
@@ -276,34 +314,35 @@ def _plain(
         for x, g in zip(total.values(), found, strict=True):
             x += g
         _add(sums, log | {"loss": objective.detach() * B})
+    total, sums = all_reduce((total, sums), whole.world)
     return total, {name: float(x) / B for name, x in sums.items()}
 
 
-def _halves(
-    policy: Policy,
-    rows: Rows,
-    rule: Rule,
-    loss: LossConfig,
-    weigh: Callable[[Tensor, Tensor], Tensor] | None,
-    micro_batch: int,
-) -> tuple[Tree, Tree, Tree | None, Tree, dict[str, float]]:
-    """All K gradients of the reward part, as means over either half of the rows; those that ``weigh`` makes of them
-    and of the shared part, over all rows."""
-    B, K = rows.x0.shape[0], rows.A.shape[1]
-    first = int((rows.half == 0).sum())
-    if first in (0, B):  # a single image: nothing to compare it with
-        h, shared, log = all_rows(policy, rows, rule, loss, weigh, micro_batch)
-        whole, own = {name: x[:K] for name, x in h.items()}, {name: x[-1] for name, x in h.items()}
-        return whole, whole, None if weigh is None else own, shared, log
-    parts = part_of(rows, slice(first)), part_of(rows, slice(first, B))
-    (h_a, shared_a, log_a), (h_b, shared_b, log_b) = (
-        all_rows(policy, part, rule, loss, weigh, micro_batch) for part in parts
-    )
+def _halves(rows: Rows, whole: Whole) -> list[tuple[Rows, int]]:
+    """This process's rows of either half, and how many all processes have; undivided where one half is empty."""
+    if whole.first in (0, whole.total):  # a single image: nothing to compare it with
+        return [(rows, whole.total)]
+    own, end = int((rows.half == 0).sum()), rows.x0.shape[0]
+    return [(part_of(rows, slice(own)), whole.first), (part_of(rows, slice(own, end)), whole.total - whole.first)]
+
+
+def _joined(
+    parts: list[tuple[Tree, Tree, dict[str, Tensor]]], whole: Whole, K: int
+) -> tuple[Tree, Tree, Tree, Tree, dict[str, float]]:
+    """All K gradients of the reward part, as means over either half of the rows; the last row of each (what the
+    coefficients at hand make of them, if that was asked for) and the shared part, over all rows; and what to log."""
+    B, first = whole.total, whole.first
+    if len(parts) == 1:
+        (h, shared, sums) = parts[0]
+        rows, own = {name: x[:K] for name, x in h.items()}, {name: x[-1] for name, x in h.items()}
+        return rows, rows, own, shared, {name: float(x) / B for name, x in sums.items()}
+    (h_a, shared_a, sums_a), (h_b, shared_b, sums_b) = parts
     p, q = first / B, 1 - first / B
     a, b = ({name: 2 * share * x[:K] for name, x in h.items()} for share, h in ((p, h_a), (q, h_b)))
     own = {name: p * x[-1] + q * h_b[name][-1] for name, x in h_a.items()}
     shared = {name: p * x + q * shared_b[name] for name, x in shared_a.items()}
-    return a, b, None if weigh is None else own, shared, {name: p * x + q * log_b[name] for name, x in log_a.items()}
+    means = {name: p * (float(x) / first) + q * (float(sums_b[name]) / (B - first)) for name, x in sums_a.items()}
+    return a, b, own, shared, means
 
 
 def all_rows(
@@ -313,12 +352,20 @@ def all_rows(
     loss: LossConfig,
     weigh: Callable[[Tensor, Tensor], Tensor] | None,
     micro_batch: int,
-) -> tuple[Tree, Tree, dict[str, float]]:
-    """All K gradients of the reward part (with one more for ``weigh``), and that of the shared part, over the rows."""
-    B = rows.x0.shape[0]
+    total: int | None = None,
+) -> tuple[Tree, Tree, dict[str, Tensor]]:
+    """All K gradients of the reward part (with one more for ``weigh``), and that of the shared part, over the rows.
+
+    Args:
+        total: the number of rows over which means are taken, where other processes have some of them.
+
+    Returns:
+        ``(h, shared, sums)``: gradients, and sums over these rows of what is logged.
+    """
+    B, K = total or rows.x0.shape[0], rows.A.shape[1]
     h: Tree = {}
     shared: Tree = {}
-    sums: dict[str, Tensor] = {}
+    sums = _no_sums(rows)
     kl_apart = rule.gradients == "full"
     for part in micro_batches(rows, micro_batch):
         columns = interpolation(part.A, a_max=loss.a_max) - 0.5
@@ -337,13 +384,16 @@ def all_rows(
         _add(shared, result.shared)
         assert result.shared_loss is not None
         _add(sums, log | {"loss": result.shared_loss * B})
-    return h, shared, {name: float(x) / B for name, x in sums.items()}
+    if not h:  # no rows of this process
+        shared = _zeros(parameters(policy))
+        h = {name: p.new_zeros(K + (weigh is not None), *p.shape) for name, p in shared.items()}
+    return h, shared, sums
 
 
-def _kl_gradient(policy: Policy, rows: Rows, loss: LossConfig, micro_batch: int) -> Tree:
-    """Gradient of the pull to the base alone, for the paper's rule, which scales everything else."""
-    B, trained = rows.x0.shape[0], parameters(policy)
-    total: Tree = {}
+def _kl_gradient(policy: Policy, rows: Rows, loss: LossConfig, micro_batch: int, B: int) -> Tree:
+    """Gradient of the pull to the base alone, as a mean over B rows, for the paper's rule, which scales all else."""
+    trained = parameters(policy)
+    total = _zeros(trained)
     for part in micro_batches(rows, micro_batch):
         _, _, kl, _ = _terms(policy, part, loss)
         found = torch.autograd.grad(loss.kl_weight * kl.sum() / B, list(trained.values()))
@@ -374,6 +424,16 @@ def _terms(policy: Policy, rows: Rows, loss: LossConfig) -> tuple[Tensor, Tensor
         "x0_abs": rows.x0.abs().flatten(1).mean(1).sum(),
     }
     return prox, signal, kl, log
+
+
+def _zeros(trained: Mapping[str, Tensor]) -> Tree:
+    """A gradient of nothing."""
+    return {name: torch.zeros_like(p, requires_grad=False) for name, p in trained.items()}
+
+
+def _no_sums(rows: Rows) -> dict[str, Tensor]:
+    """Sums over no rows of what is logged."""
+    return {name: rows.embeds.new_zeros((), dtype=rows.x0.dtype) for name in _LOGGED}
 
 
 def _add(total: dict[str, Tensor], more: dict[str, Tensor]) -> None:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from marble_core import group_advantages
-from reference.balance import Rows
+from reference.balance import Rows, Whole
 from reference.base import Base
 from reference.config import Config, training_times
-from reference.evaluate import generate_batches, generator
+from reference.distributed import ALONE, World, check_peers, share_of
+from reference.evaluate import gather_scores, generate_batches, generator, noise_of
 from reference.policy import Policy
 from reference.prompt_files import Prompt
 from reference.prompts import Pool, prompts_of_epoch
@@ -22,12 +23,19 @@ from reference.scoring import Scores
 
 
 class Rollout(NamedTuple):
-    """The images of an epoch, one prompt's side by side: prompts, latents ``[N, C, H, W]`` on the CPU and scores
-    ``[N, K]``."""
+    """The images of an epoch, one prompt's side by side.
+
+    Attributes:
+        prompts: N.
+        x0: ``[n, C, H, W]``, latents on the CPU: those of this process's images.
+        scores: ``[N, K]``.
+        first: number of the first of the n images.
+    """
 
     prompts: list[Prompt]
     x0: Tensor
     scores: Scores
+    first: int = 0
 
 
 def sample_epoch(
@@ -38,30 +46,35 @@ def sample_epoch(
     config: Config,
     epoch: int,
     on_sampled: Callable[[], None] = lambda: None,
+    world: World = ALONE,
 ) -> Rollout:
-    """Draw an epoch's images from the old policy and score them.
+    """Draw an epoch's images from the old policy and score them; of several processes, each does its share.
 
     Args:
         on_sampled: called when the last image is there, for clocks and progress.
 
     Raises:
         RewardError: a reward failed.
+        PeerError: another process failed.
     """
     r = config.rollout
     chosen = prompts_of_epoch(pool, r.prompts_per_epoch, config.seed, epoch)
     prompts = [prompt for prompt in chosen for _ in range(r.images_per_prompt)]
-    noise = torch.randn(len(prompts), *base.latent_shape, generator=generator(config.seed, "rollout", epoch))
-    texts, latents = [prompt.text for prompt in prompts], []
+    N, own = len(prompts), share_of(len(prompts), world)
+    noise = noise_of(own, N, base.latent_shape, generator(config.seed, "rollout", epoch))
+    mine = prompts[own.start : own.stop]
+    texts, latents = [prompt.text for prompt in mine], []
 
     def drawn() -> Iterator[Tensor]:
         for x0, images in generate_batches(
             policy, base, texts, noise, adapter="old", sampler=r.sampler, steps=r.steps, batch=r.batch
         ):
+            check_peers(world)
             latents.append(x0.cpu())
             yield images
 
-    scores = score_images(scorer, drawn(), prompts, on_sampled)
-    return Rollout(prompts, torch.cat(latents), scores)
+    scores = score_images(scorer, drawn(), mine, on_sampled)
+    return Rollout(prompts, torch.cat(latents), gather_scores(scores, own, N, world), own.start)
 
 
 def advantages(scores: Scores, config: Config) -> tuple[Tensor, Tensor]:
@@ -90,22 +103,42 @@ def images_of_steps(N: int, config: Config, epoch: int) -> list[Tensor]:
     return [part[half[part].argsort(stable=True)] for part in order.tensor_split(config.optim.steps_per_epoch)]
 
 
+def halves_of(index: Tensor, config: Config) -> Tensor:
+    """Which half of its step each row of these images is in, 0 and then 1, one image's rows side by side."""
+    J = config.loss.timesteps_per_image or training_times(config)
+    half = (index // config.rollout.images_per_prompt % 2).repeat_interleave(J)
+    if half.min() == half.max():  # one prompt, or two of a kind: halves of its images must do
+        half = (torch.arange(len(half)) >= len(half) // 2).long()
+    return half
+
+
+def whole_step(index: Tensor, config: Config, world: World) -> Whole:
+    """What a step of these images is over all processes."""
+    half = halves_of(index, config)
+    return Whole(world, int((half == 0).sum()), len(half))
+
+
 def step_rows(
     base: Base, rollout: Rollout, A: Tensor, A_sum: Tensor, index: Tensor, config: Config, epoch: int, part: int
 ) -> Rows:
-    """Rows of one step: each of its images at some of the sampler's own times, with fresh noise."""
+    """Rows of one step: each of its images at some of the sampler's own times, with fresh noise.
+
+    Of several processes, each gets the rows of its own images, the same ones whatever their number is.
+    """
     random = generator(config.seed, "rows", epoch, part)
     schedule = times(base.scheduler, config.rollout.steps)[: training_times(config)]
     J = config.loss.timesteps_per_image or len(schedule)
-    chosen = torch.rand(len(index), len(schedule), generator=random).argsort(1)[:, :J]
+    chosen = torch.rand(len(index), len(schedule), generator=random).argsort(1)[:, :J].flatten()
     image = index.repeat_interleave(J)
+    place = image - rollout.first
+    own = ((place >= 0) & (place < len(rollout.x0))).nonzero().flatten()
+    noise = noise_of(own, len(image), base.latent_shape, random)
+    image = image[own]
     texts = [rollout.prompts[i].text for i in image.tolist()]
     table = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-    embeds, pooled = base.encode(list(table))
-    clean = rollout.x0[image]
-    noise = torch.randn(clean.shape, generator=random)
-    half = group_of(len(rollout.prompts), config)[image] % 2
-    if half.min() == half.max():  # one prompt, or two of a kind: halves of its images must do
-        half = (torch.arange(len(half)) >= len(half) // 2).long()
-    prompt = torch.tensor([table[text] for text in texts])
-    return Rows(clean, noise, schedule[chosen.flatten()], embeds, pooled, A[image], A_sum[image], half, prompt)
+    embeds, pooled = base.encode(list(table) or [rollout.prompts[0].text])
+    prompt = torch.tensor([table[text] for text in texts], dtype=torch.int64)
+    half = halves_of(index, config)[own]
+    return Rows(
+        rollout.x0[place[own]], noise, schedule[chosen[own]], embeds, pooled, A[image], A_sum[image], half, prompt
+    )

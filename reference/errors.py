@@ -19,5 +19,9 @@ class TrainingError(RuntimeError):
     """The run cannot go on; what was trained is in its checkpoints."""
 
 
+class PeerError(TrainingError):
+    """Another process of the run has failed, so this one stops as well; the message is the other's."""
+
+
 class Interrupted(Exception):
     """The user asked to stop; everything is saved."""

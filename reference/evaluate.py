@@ -11,11 +11,14 @@ from scipy import stats
 from torch import Tensor
 
 from reference.base import Base
+from reference.distributed import ALONE, World, check_peers, gather_rows, share_of
 from reference.policy import Adapter, Policy, merged, velocity, weights_of
 from reference.prompt_files import Prompt
 from reference.rollout import Sampler, sample
 from reference.scorer import Scorer, score_images
 from reference.scoring import Scores
+
+_ROWS = 256  # of noise drawn at a time
 
 
 class Interval(NamedTuple):
@@ -31,6 +34,32 @@ def generator(seed: int, *purpose: object) -> torch.Generator:
     """A generator that depends on the seed and on what it is for, and on nothing that happened before."""
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def noise_of(own: Tensor | range, total: int, shape: Sequence[int], random: torch.Generator) -> Tensor:
+    """Some rows, in ascending order, of ``torch.randn(total, *shape, generator=random)``, in memory for those alone.
+
+    Args:
+        own: their numbers.
+        total: of rows.
+        shape: of a row.
+        random: is left as if all had been drawn.
+    """
+    if len(own) == total:
+        return torch.randn(total, *shape, generator=random)
+    numbers, found = torch.as_tensor(own), torch.empty(len(own), *shape)
+    # torch draws normals in blocks of 16, so that chunks of multiples of 16 rows give the same numbers as one draw
+    for start in range(0, total, _ROWS):
+        chunk = torch.randn(min(_ROWS, total - start), *shape, generator=random)
+        here = (numbers >= start) & (numbers < start + _ROWS)
+        found[here] = chunk[numbers[here] - start]
+    return found
+
+
+def gather_scores(scores: Scores, own: range, total: int, world: World) -> Scores:
+    """The scores of all processes' images, from those of this one's."""
+    values, applicable = gather_rows((scores.values, scores.applicable.double()), own, total, world)
+    return Scores(values, applicable.bool())
 
 
 def generate(
@@ -95,26 +124,42 @@ def evaluate(
     steps: int,
     batch: int,
     seed: int,
+    world: World = ALONE,
 ) -> tuple[Scores, Tensor]:
     """Score ``images`` images of each prompt, drawn with other adapter weights than the trained ones.
 
+    Of several processes, each draws its ``share_of`` the images; all get all scores.
+
     Returns:
-        ``(Scores [P * images, K], images)``, the images of a prompt side by side, on the CPU.
+        ``(Scores [P * images, K], images)``, the images of a prompt side by side, on the CPU; this process's share of
+        them.
     """
     repeated = [prompt for prompt in prompts for _ in range(images)]
-    noise = torch.randn(len(repeated), *base.latent_shape, generator=generator(seed, "evaluation"))
+    total, own = len(repeated), share_of(len(repeated), world)
+    noise = noise_of(own, total, base.latent_shape, generator(seed, "evaluation"))
+    repeated = repeated[own.start : own.stop]
     texts, pictures = [prompt.text for prompt in repeated], []
 
     def drawn() -> Iterator[Tensor]:
         for _, made in generate_batches(
             policy, base, texts, noise, adapter="default", sampler=sampler, steps=steps, batch=batch
         ):
+            check_peers(world)
             pictures.append(made.cpu())
             yield made
 
     with weights_of(policy, weights):
         scores = score_images(scorer, drawn(), repeated)
-    return scores, torch.cat(pictures)
+    return gather_scores(scores, own, total, world), torch.cat(pictures)
+
+
+def first_images(own: Tensor, prompts: int, images: int, count: int, world: World) -> Tensor:
+    """The first image of each of the first ``count`` prompts, from this process's share of all prompts' images."""
+    share, wanted = share_of(prompts * images, world), range(0, min(prompts, count) * images, images)
+    here = [place for place, number in enumerate(wanted) if number in share]
+    first = here[0] if here else 0
+    rows = own[[wanted[place] - share.start for place in here]]
+    return gather_rows(rows, range(first, first + len(here)), len(wanted), world)
 
 
 def prompt_means(scores: Scores, images: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,18 @@ from reference.errors import ConfigError
 
 
 class Live:
-    """Output of one run; every line of ``metrics.jsonl`` also goes to the trackers."""
+    """Output of one run; every line of ``metrics.jsonl`` also goes to the trackers.
 
-    def __init__(self, run: Path, trackers: Sequence[str], epochs: int, first: int) -> None:
-        self.accelerator = _trackers(run, trackers) if trackers else None
-        self.file = (run / "metrics.jsonl").open("a", encoding="utf-8")
+    Of several processes, all have one, and only the ``main`` one's writes anything.
+    """
+
+    def __init__(self, run: Path, trackers: Sequence[str], epochs: int, first: int, *, main: bool = True) -> None:
+        self.main = main
+        self.accelerator = _trackers(run, trackers) if trackers and main else None
+        self.file = (run / "metrics.jsonl" if main else Path(os.devnull)).open("a", encoding="utf-8")
         self.min_cosine = math.nan  # of the last refresh
-        self.bar = tqdm(total=epochs, initial=first, unit="epoch", disable=None, dynamic_ncols=True)
+        disable = None if main else True
+        self.bar = tqdm(total=epochs, initial=first, unit="epoch", disable=disable, dynamic_ncols=True)
 
     def phase(self, epoch: int, name: str) -> None:
         """Say what is being done."""
@@ -42,7 +48,8 @@ class Live:
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""
-        self.bar.write(text)
+        if self.main:
+            self.bar.write(text)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a record to ``metrics.jsonl`` and send its numbers to the trackers."""

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
-import signal
 import time
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,13 +22,24 @@ from marble_core import (
     soft_min_weights,
 )
 from reference import checkpoint
-from reference.balance import Rows, Step, applied_coefficients, init_balance, is_finite, step_gradient
+from reference.balance import Rows, Step, Whole, applied_coefficients, init_balance, is_finite, step_gradient
 from reference.base import Base
-from reference.batch import advantages, images_of_steps, sample_epoch, step_rows
+from reference.batch import advantages, images_of_steps, sample_epoch, step_rows, whole_step
 from reference.config import SOLVERS, Config, Rule, rule_of
 from reference.devices import tf32
-from reference.errors import Interrupted, RewardError, TrainingError
-from reference.evaluate import evaluate, generator, interval, prompt_means, within_std
+from reference.distributed import (
+    World,
+    any_of,
+    check_equal,
+    connect,
+    first_on_machine,
+    meet,
+    require_enough,
+    stop_on_interrupt,
+    together,
+)
+from reference.errors import Interrupted, PeerError, RewardError, TrainingError
+from reference.evaluate import evaluate, first_images, generator, interval, prompt_means, within_std
 from reference.live import Live, save_grid
 from reference.model import load_model
 from reference.policy import Policy, adapter_state, load_adapter, parameters
@@ -76,47 +82,64 @@ def prepare(config: Config) -> Inputs:
 def train(config: Config, *, resume: bool = False) -> Path:
     """Train, and write everything to ``config.run``; returns the path of the report.
 
+    Under a launcher, all its processes train as one, and process 0 writes.
+
     Raises:
         ConfigError: the configuration, the prompts or the run folder cannot be used; nothing has been done.
         TrainingError, RewardError: the run stopped; its last state is saved.
         Interrupted: Ctrl-C; its last state is saved.
     """
     validate(config)
-    inputs = prepare(config)
+    world = connect(config.device)
+    with together(world):
+        return _train(config, resume, world)
+
+
+def _train(config: Config, resume: bool, world: World) -> Path:
+    """``train`` on this process."""
+    main = world.rank == 0
     if config.threads:
         torch.set_num_threads(config.threads)
-    base, policy = load_model(config, [p.text for p in [*all_prompts(inputs.pool), *inputs.held_out]])
+    with first_on_machine(world):
+        inputs = prepare(config)
+        base, policy = load_model(config, [p.text for p in [*all_prompts(inputs.pool), *inputs.held_out]])
+    images = config.rollout.prompts_per_epoch * config.rollout.images_per_prompt
+    seen = len(inputs.held_out) * config.log.eval_images
+    require_enough({"images of an epoch": images, "images of an evaluation": seen}, world)
     o = config.optim
     optimizer = torch.optim.AdamW(
         parameters(policy).values(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, eps=o.eps
     )
-    open_run(config, resume)
+    if main:
+        open_run(config, resume)
+    meet(world)
     K = len(config.rewards)
     balance = init_balance(K, rule_of(config), parameters(policy))
     state = State(0, 0, 0, 0, adapter_state(policy, "default"), balance, None, init_progress(K))
     saved = checkpoint.latest(config.run / "checkpoints") if resume else None
     if saved is not None:
-        state = restore_state(saved, policy, optimizer, state, config)
-    else:
+        state = restore_state(saved, policy, optimizer, state, config, main=main)
+    elif main:
         (config.run / "metrics.jsonl").write_text("", encoding="utf-8")  # of a run that ended before it saved anything
-    live = Live(config.run, config.log.trackers, config.epochs, state.epoch)
+    check_equal({"the checkpoints' steps": torch.tensor(state.step)}, world)
+    live = Live(config.run, config.log.trackers, config.epochs, state.epoch, main=main)
     try:
-        with _stop_on_interrupt() as stop, tf32(base.device):
+        with stop_on_interrupt() as stop, tf32(base.device):
             if saved is None:
-                _evaluate(policy, base, state, inputs, config, live, "before")
+                _evaluate(policy, base, state, inputs, config, live, world, "before")
             rng = saved["rng"] if saved is not None and state.part > 0 else None
             while state.epoch < config.epochs:
-                state = _epoch(policy, base, optimizer, state, inputs, config, live, stop, rng)
+                state = _epoch(policy, base, optimizer, state, inputs, config, live, world, stop, rng)
                 rng = None
                 last = state.epoch == config.epochs
                 if last or _due(state.epoch, config.log.eval_every):
                     name = "after" if last else f"epoch-{state.epoch:04d}"
-                    _evaluate(policy, base, state, inputs, config, live, name)
+                    _evaluate(policy, base, state, inputs, config, live, world, name)
                 if last or _due(state.epoch, config.log.save_every):
                     save_state(policy, optimizer, state, config, live, last=last)
     finally:
         live.close()
-    return write_report(config.run)
+    return write_report(config.run) if main else config.run / "report.html"
 
 
 def _due(epoch: int, every: int) -> bool:
@@ -132,12 +155,13 @@ def _epoch(
     inputs: Inputs,
     config: Config,
     live: Live,
+    world: World,
     stop: list[bool],
     rng: dict[str, Any] | None,
 ) -> State:
     """One epoch, or what is left of it: its rollout depends on the seed, the epoch and the old policy alone."""
     rule, clock, cpu = rule_of(config), [time.monotonic()], time.process_time()
-    _seed_everything(config.seed, state.epoch)
+    _seed_everything(config.seed, state.epoch, world)
 
     def sampled() -> None:
         clock.append(time.monotonic())
@@ -145,8 +169,8 @@ def _epoch(
 
     live.phase(state.epoch, "sampling")
     try:
-        rollout = sample_epoch(policy, base, inputs.trained, inputs.pool, config, state.epoch, sampled)
-    except RewardError:
+        rollout = sample_epoch(policy, base, inputs.trained, inputs.pool, config, state.epoch, sampled, world)
+    except (RewardError, PeerError):
         save_state(policy, optimizer, state, config, live)
         raise
     clock.append(time.monotonic())
@@ -164,11 +188,16 @@ def _epoch(
     if rng is not None:
         checkpoint.set_rng_state(rng)
     while state.part < len(parts):
-        if stop[0]:
+        if any_of(stop[0], world):
             save_state(policy, optimizer, state, config, live)
             raise Interrupted(f"stopped after step {state.step}; go on with --resume")
         rows = step_rows(base, rollout, A, A_sum, parts[state.part], config, state.epoch, state.part)
-        state = _step(policy, optimizer, state, rows, rule, prior, config, live)
+        try:
+            whole = whole_step(parts[state.part], config, world)
+            state = _step(policy, optimizer, state, rows, whole, rule, prior, config, live)
+        except PeerError:
+            save_state(policy, optimizer, state, config, live)
+            raise
         state = state._replace(part=state.part + 1)
         if state.skipped >= _MAX_SKIPPED:
             save_state(policy, optimizer, state._replace(skipped=0), config, live)
@@ -189,12 +218,16 @@ def _step(
     optimizer: torch.optim.Optimizer,
     state: State,
     rows: Rows,
+    whole: Whole,
     rule: Rule,
     prior: Tensor,
     config: Config,
     live: Live,
 ) -> State:
-    """One optimiser step: the balanced gradient, clipped; skipped if it is not finite."""
+    """One optimiser step: the balanced gradient, clipped; skipped if it is not finite.
+
+    The last thing that can fail for another process's sake comes before anything has changed.
+    """
     every, at = rule.refresh_every, state.step
     step = Step(
         refresh=refresh_due(at, every),
@@ -204,8 +237,12 @@ def _step(
         metric=_inverse_metric(optimizer, policy) if rule.metric == "adam" else None,
         previous=state.previous,
     )
-    result = step_gradient(policy, rows, state.balance, rule, config.loss, step, micro_batch=config.optim.micro_batch)
-    finite = is_finite(result.gradient)
+    size = config.optim.micro_batch
+    result = step_gradient(policy, rows, state.balance, rule, config.loss, step, micro_batch=size, whole=whole)
+    finite, applied = is_finite(result.gradient), applied_coefficients(rule, result.balance, prior)
+    if result.refresh is not None:
+        norms = torch.stack([x.norm() for x in result.gradient.values()])
+        check_equal({"coefficients": applied, "gradients": norms}, whole.world)
     metrics = dict(result.metrics)
     if finite:
         trained = parameters(policy)
@@ -218,7 +255,7 @@ def _step(
         state = state._replace(ema=ema_tree(state.ema, parameters(policy), decay), balance=result.balance)
     names = config.rewards
     where = {"epoch": state.epoch, "step": state.step + 1}
-    applied = applied_coefficients(rule, state.balance, prior)
+    applied = applied_coefficients(rule, state.balance, prior)  # a step that was skipped changed nothing
     coefficients = dict(zip(names, applied.tolist(), strict=True))
     record = {"refresh": step.refresh, "skipped": not finite, **metrics, "coefficients": coefficients}
     live.log({"kind": "step", **where, **record})
@@ -292,6 +329,7 @@ def _evaluate(
     inputs: Inputs,
     config: Config,
     live: Live,
+    world: World,
     name: str,
 ) -> None:
     """Score held-out prompts with the averaged weights, record the means, and save a grid of the first images."""
@@ -308,6 +346,7 @@ def _evaluate(
         steps=log.eval_steps,
         batch=config.rollout.batch,
         seed=0,
+        world=world,
     )
     means, rewards = prompt_means(scores, log.eval_images), inputs.watched.rewards
     summary = {k: interval(column)._asdict() for k, column in zip(rewards, means.unbind(1), strict=True)}
@@ -315,34 +354,16 @@ def _evaluate(
     spread = dict(zip(rewards, within_std(scores, log.eval_images).tolist(), strict=True))
     where = {"step": state.step, "epoch": state.epoch}
     live.log({"kind": "eval", **where, "rewards": summary, "within_std": spread, "per_prompt": per_prompt})
-    shown = images[:: log.eval_images][:40]
-    save_grid(shown, config.run / "grids" / f"{name}.png", columns=10, scale=max(1, 96 // shown.shape[-1]), largest=256)
+    shown = first_images(images, len(inputs.held_out), log.eval_images, 40, world)
+    if world.rank == 0:
+        path, scale = config.run / "grids" / f"{name}.png", max(1, 96 // shown.shape[-1])
+        save_grid(shown, path, columns=10, scale=scale, largest=256)
 
 
-def _seed_everything(seed: int, epoch: int) -> None:
-    """Seed the global generators, for rewards that use them."""
-    value = int(torch.randint(2**31, (), generator=generator(seed, "global", epoch)))
+def _seed_everything(seed: int, epoch: int, world: World) -> None:
+    """Seed the global generators, for rewards that use them, differently on each process."""
+    purpose = ("global", epoch, world.rank)[: 3 if world.rank else 2]
+    value = int(torch.randint(2**31, (), generator=generator(seed, *purpose)))
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)
-
-
-@contextlib.contextmanager
-def _stop_on_interrupt() -> Iterator[list[bool]]:
-    """Turn the first Ctrl-C into a flag that the loop reads between steps; the second one interrupts at once."""
-    stop = [False]
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop[0] = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        warnings.warn("stopping after this step; press Ctrl-C again to stop at once", stacklevel=1)
-
-    try:
-        before = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not in the main thread: nothing to catch
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -16,6 +16,7 @@ ORDER = (
     "errors",
     "config",
     "devices",
+    "distributed",
     "geneval_prompts",
     "prompt_files",
     "validation",

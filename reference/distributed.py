@@ -1,0 +1,321 @@
+"""Several processes that train as one: a share of the images each, one sum a step, and the end of one ends all."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.utils import _pytree as pytree
+
+from reference.devices import device_of
+from reference.errors import ConfigError, PeerError, TrainingError
+
+T = TypeVar("T")
+
+_PATIENCE = 40.0  # seconds that a process that failed waits for the others to save and stop
+_COLLECTIVE = datetime.timedelta(minutes=5)  # they begin when all are there, so they take no longer than the network
+_SLOWEST_POLL = 0.05  # seconds
+_BEAT = 5.0  # seconds from one sign of life to the next
+_SILENCE = 60.0  # seconds without one, after which a process is taken for dead
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, and which of them this is.
+
+    Attributes:
+        rank: of this process; 0 writes files.
+        size: how many there are.
+        local_rank: rank among those of this machine.
+        device: where this process adds up with the others.
+        store: what all can read and write without waiting for each other; None where there is but one.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    store: Store | None = None
+
+
+ALONE = World()
+
+
+def connect(device: str) -> World:
+    """Find the other processes of a launcher (``torchrun``, ``accelerate launch``); without one there are none.
+
+    They communicate by NCCL between GPUs and by Gloo between CPUs.
+
+    Args:
+        device: of the configuration.
+
+    Raises:
+        ConfigError: the launcher has not said who this process is, or all would share one GPU.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(device=device_of(device))
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set. Start with torchrun or accelerate launch, or "
+            "unset WORLD_SIZE for a single process."
+        )
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device: expected auto, cpu or cuda with {size} processes, a GPU each, got {device!r}.")
+    state = PartialState(cpu=device_of(device).type == "cpu", timeout=_COLLECTIVE)
+    # a second connection to the store that the launcher, or process 0, has opened
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    server = TCPStore(address, port, is_master=False, wait_for_workers=False)
+    attempt = f"marble/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    run = server.add(f"{attempt}/connected/{state.process_index}", 1)  # each run of a process has keys of its own
+    store = PrefixStore(f"{attempt}/{run}", server)
+    return World(state.process_index, size, state.local_process_index, state.device, store)
+
+
+def share_of(total: int, world: World) -> range:
+    """The part of ``total`` numbered things that is this process's: contiguous, as even as possible.
+
+    Example:
+        >>> [share_of(8, World(rank, 3)) for rank in range(3)]
+        [range(0, 2), range(2, 5), range(5, 8)]
+    """
+    return range(total * world.rank // world.size, total * (world.rank + 1) // world.size)
+
+
+def require_enough(counts: Mapping[str, int], world: World) -> None:
+    """Every process must have a share.
+
+    Raises:
+        ConfigError: there are fewer of something than processes.
+    """
+    for what, count in counts.items():
+        if count < world.size:
+            raise ConfigError(f"expected at least as many {what} as processes, got {count} for {world.size}.")
+
+
+def all_reduce(tree: T, world: World) -> T:
+    """Sums over all processes of every tensor of a tree, in one all-reduce a dtype; the same bits everywhere.
+
+    Args:
+        tree: nested lists, tuples and dicts of tensors, of the same shapes in the same order on all.
+
+    Raises:
+        PeerError: another process has failed.
+    """
+    if world.size == 1:
+        return tree
+    leaves, spec = pytree.tree_flatten(tree)
+    sums: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(x.dtype for x in leaves):
+        own = [i for i, x in enumerate(leaves) if x.dtype == dtype]
+        flat = torch.cat([leaves[i].detach().to(world.device).flatten() for i in own])
+        meet(world)
+        torch.distributed.all_reduce(flat)
+        for i, part in zip(own, torch.split(flat, [leaves[i].numel() for i in own]), strict=True):
+            sums[i] = part.view(leaves[i].shape).to(leaves[i].device)
+    return pytree.tree_unflatten([sums[i] for i in range(len(leaves))], spec)  # type: ignore[no-any-return]
+
+
+def gather_rows(tree: T, own: range, total: int, world: World) -> T:
+    """All rows ``[total, ...]`` of every tensor of a tree, from this process's rows ``[len(own), ...]``: exact, as the
+    other processes' rows are zeros in the sum.
+
+    Args:
+        own: numbers of this process's rows.
+        total: rows of all.
+
+    Raises:
+        PeerError: another process has failed.
+    """
+    if world.size == 1:
+        return tree
+
+    def placed(x: Tensor) -> Tensor:
+        whole = x.new_zeros(total, *x.shape[1:])
+        whole[own.start : own.stop] = x
+        return whole
+
+    return all_reduce(pytree.tree_map(placed, tree), world)  # type: ignore[no-any-return]
+
+
+def any_of(flag: bool, world: World) -> bool:
+    """Whether the flag is set on any process."""
+    if world.size == 1:
+        return flag
+    return bool(all_reduce(torch.tensor(int(flag)), world))
+
+
+def check_equal(things: Mapping[str, Tensor], world: World) -> None:
+    """Tensors that must be the same bits on all processes are, by their hashes.
+
+    Raises:
+        TrainingError: they are not; says which, and where.
+        PeerError: another process has failed.
+    """
+    if world.size == 1:
+        return
+    hashes = torch.tensor([[_hash(x) for x in things.values()]])
+    every = gather_rows(hashes, range(world.rank, world.rank + 1), world.size, world)
+    for name, column in zip(things, every.unbind(1), strict=True):
+        odd = (column != column[0]).nonzero().flatten().tolist()
+        if odd:
+            raise TrainingError(
+                f"{name} must be the same on all processes, but differ from process 0's on {odd}. Processes need the "
+                "same code, files, versions and kind of device; the last checkpoint is from before."
+            )
+
+
+def _hash(x: Tensor) -> int:
+    """A hash of the bits, for an int64."""
+    digest = hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+@contextlib.contextmanager
+def stop_on_interrupt() -> Iterator[list[bool]]:
+    """Turn the first Ctrl-C into a flag that the loop reads between steps; the second one interrupts at once."""
+    stop = [False]
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop[0] = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        warnings.warn("stopping after this step; press Ctrl-C again to stop at once", stacklevel=1)
+
+    try:
+        before = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not in the main thread: nothing to catch
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def first_on_machine(world: World) -> Iterator[None]:
+    """One process of each machine first, then its others: for what is downloaded or computed once and then found.
+
+    Raises:
+        PeerError: another process has failed.
+    """
+    if world.local_rank > 0:
+        meet(world)
+    yield
+    if world.local_rank == 0:
+        meet(world)
+
+
+@contextlib.contextmanager
+def together(world: World) -> Iterator[None]:
+    """Stop all processes when one fails, and let none leave before all are done.
+
+    The others see it where they wait for each other, or ask with ``check_peers``, and raise a ``PeerError`` with its
+    message. No process exits before all have seen it (or half a minute has passed), since a launcher kills the others
+    when one exits, and process 0 may be saving. A process that was killed is missed after a minute.
+    """
+    if world.store is None:
+        yield
+        return
+    done = threading.Event()
+    threading.Thread(target=_beat, args=(world, done), name="alive", daemon=True).start()
+    try:
+        yield
+        meet(world)
+        _leave(world, wait=world.rank == 0)  # which may be the store's host
+    except BaseException as error:  # whatever it is, the others must not wait for this process
+        with contextlib.suppress(RuntimeError):  # the store may be gone with its host
+            # only the first one counts: a failure that this one follows from is there already
+            world.store.compare_set("failure", "", f"process {world.rank} stopped: {type(error).__name__}: {error}")
+            _leave(world, wait=True)
+        raise
+    finally:
+        done.set()
+
+
+def _beat(world: World, done: threading.Event) -> None:
+    """Give a sign of life again and again."""
+    assert world.store is not None
+    with contextlib.suppress(RuntimeError):  # the others notice themselves that the store is gone
+        while not done.wait(_BEAT):
+            world.store.add(f"alive/{world.rank}", 1)
+
+
+def _leave(world: World, *, wait: bool) -> None:
+    """Say that this process is about to exit, and wait until all have said so."""
+    assert world.store is not None
+    world.store.add("left", 1)
+    deadline = time.monotonic() + _PATIENCE
+    while wait and world.store.add("left", 0) < world.size and time.monotonic() < deadline:
+        time.sleep(_SLOWEST_POLL)
+
+
+def check_peers(world: World) -> None:
+    """Go on, unless another process has failed.
+
+    Raises:
+        PeerError: it has, with its message.
+    """
+    if world.store is None:
+        return
+    try:
+        if world.store.check(["failure"]):
+            raise PeerError(world.store.get("failure").decode())
+    except DistError as error:
+        raise PeerError("the process that connects the others is gone; see its output.") from error
+
+
+def meet(world: World) -> None:
+    """Wait until all processes are here. Unlike a collective, this ends when one of them has failed.
+
+    Raises:
+        PeerError: one has.
+    """
+    if world.store is None:
+        return
+    try:
+        # nobody is here for the n-th time before all have been here n - 1 times
+        wanted = world.size * world.store.add(f"met/{world.rank}", 1)
+        here, pause = world.store.add("met", 1), 1e-4
+        heard: dict[int, tuple[int, float]] = {}
+        while here < wanted:
+            check_peers(world)
+            heard = _listen(world, heard)
+            time.sleep(pause)
+            pause = min(2 * pause, _SLOWEST_POLL)
+            here = world.store.add("met", 0)
+    except DistError as error:
+        raise PeerError("the process that connects the others is gone; see its output.") from error
+
+
+def _listen(world: World, heard: dict[int, tuple[int, float]]) -> dict[int, tuple[int, float]]:
+    """Signs of life of each process so far, and when the last one was noticed; looked up every few seconds.
+
+    Raises:
+        PeerError: one has been silent for too long.
+    """
+    assert world.store is not None
+    now = time.monotonic()
+    if heard and now - max(at for _, at in heard.values()) < _BEAT:
+        return heard
+    counts = [world.store.add(f"alive/{rank}", 0) for rank in range(world.size)]
+    heard = {r: heard[r] if r in heard and heard[r][0] == count else (count, now) for r, count in enumerate(counts)}
+    silent = [rank for rank, (_, at) in heard.items() if now - at > _SILENCE]
+    if silent:
+        raise PeerError(f"nothing was heard of processes {silent} for {_SILENCE:.0f} s; see their output.")
+    return heard
