@@ -48,6 +48,7 @@ docs: $(DOCS) ## the documentation, into site/
 bench: $(DEV) ## tables of speed and accuracy
 	$(PY) -m benchmarks.solver
 	$(PY) -m benchmarks.gradients
+	$(PY) -m benchmarks.trainer --small
 
 clean: ## what the other targets leave behind, the environment included
 	rm -rf .venv site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .cache

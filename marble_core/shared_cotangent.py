@@ -58,8 +58,8 @@ def shared_cotangent_rows(
     outside its layer) choose a ``fallback``. Rows must not mix inside the model (no batch statistics, no other
     dimension of size B in front): no check can see that. Autocast and non-reentrant checkpointing work as usual, and
     so do modules compiled as a whole or in parts: their layers collect rows inside a graph of their own, compiled once
-    for all calls with B rows, whatever K. Rows of several micro-batches add up: the caller sums them, then takes the Gram matrix. Nothing is left behind:
-    forwards, hooks, ``.grad``, flags and modes are as before, also after an error.
+    for all calls with B rows, whatever K. Rows of several micro-batches add up: the caller sums them, then takes the
+    Gram matrix. Nothing is left behind: classes, hooks, ``.grad``, flags and modes are as before, also after an error.
 
     Args:
         forward: runs ``module`` and returns ``signal [B]``, entry b depending on row b alone, or ``(signal, shared)``
