@@ -22,7 +22,7 @@ class Progress(NamedTuple):
         prompt: ``[n]``, number of each group's prompt.
         epoch: ``[n]``, of each group.
         mean: ``[n, K]``, mean rewards; NaN where they do not apply.
-        count: ``[n, K]``, images behind each mean.
+        images: ``[n, K]``, number of images behind each mean.
         squares: ``[K]``, sum of squared deviations within the groups of the first epochs.
         freedom: ``[K]``, their degrees of freedom.
     """
@@ -32,7 +32,7 @@ class Progress(NamedTuple):
     prompt: Tensor
     epoch: Tensor
     mean: Tensor
-    count: Tensor
+    images: Tensor
     squares: Tensor
     freedom: Tensor
 
@@ -67,7 +67,7 @@ def update_progress(
         torch.cat([state.prompt, number]),
         torch.cat([state.epoch, torch.full_like(number, state.epochs)]),
         torch.cat([state.mean, mean]),
-        torch.cat([state.count, count]),
+        torch.cat([state.images, count]),
         squares,
         freedom,
     )
@@ -85,8 +85,8 @@ def gains_of(state: Progress) -> Tensor:
     std = (state.squares / state.freedom).sqrt()
     found = []
     for k, unit in enumerate(std.tolist()):
-        on = state.count[:, k] > 0
-        y, v = state.mean[on, k] / unit, 1 / state.count[on, k]
+        on = state.images[:, k] > 0
+        y, v = state.mean[on, k] / unit, 1 / state.images[on, k]
         usable = unit > 0 and bool(on.any())
         found.append(last_gain(y, v, state.prompt[on], state.epoch[on], state.epochs)[0] if usable else torch.nan)
     return torch.tensor(found, dtype=torch.float64)
