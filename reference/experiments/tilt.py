@@ -58,8 +58,8 @@ def table(bank: Bank, names: list[str], units: int) -> str:
     prior = np.full(len(names), 1 / len(names))
     head = " | ".join(names)
     lines = [
-        f"Where a soft minimum settles, to first order, with steps of {units * bank.rows:,} rows: gains in units of the "
-        "mean gain that equal\nweights make, and weights.\n",
+        f"Where a soft minimum settles, to first order, with steps of {units * bank.rows:,} rows: gains in units of "
+        "the mean gain that equal\nweights make, and weights.\n",
         f"| strength | {head} | smallest | weights |\n|---|{'---|' * len(names)}---|---|",
     ]
     for strength in STRENGTHS:
