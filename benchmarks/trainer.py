@@ -192,7 +192,7 @@ def build(setup: Setup, device: torch.device) -> Policy:
     trained = parameters(policy)
     for adapter in ("default", "old"):
         state = {name: p + 0.02 * torch.randn_like(p) for name, p in trained.items()}
-        load_adapter(policy, adapter, state)  # type: ignore[arg-type]
+        load_adapter(policy, adapter, state)
     return policy
 
 
@@ -480,7 +480,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bf16"), help="of the frozen weights; default by size")
     parser.add_argument("--batch", type=int, help="rows of a micro-batch; a step has two of them")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3 if gpu else 2)
     parser.add_argument("--only", action="append", help="beginning of a name, as step/shared; may be repeated")
     parser.add_argument(
         "--modes", nargs="+", choices=("eager", "compiled"), help="default: both on a GPU, eager on a CPU"
