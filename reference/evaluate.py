@@ -47,7 +47,7 @@ def noise_of(own: Tensor | range, total: int, shape: Sequence[int], random: torc
     """
     if len(own) == total:
         return torch.randn(total, *shape, generator=random)
-    numbers, found = torch.as_tensor(own), torch.empty(len(own), *shape)
+    numbers, found = torch.as_tensor(own, dtype=torch.int64), torch.empty(len(own), *shape)
     # torch draws normals in blocks of 16, so that chunks of multiples of 16 rows give the same numbers as one draw
     for start in range(0, total, _ROWS):
         chunk = torch.randn(min(_ROWS, total - start), *shape, generator=random)
