@@ -113,6 +113,22 @@ class Whole(NamedTuple):
     total: int
 
 
+class Part(NamedTuple):
+    """Gradients of some of a step's rows by parameter name, and sums over those rows of what is logged.
+
+    Attributes:
+        h: ``[K, *shape]``, or one more: of the reward part.
+        shared: ``[*shape]``, of the shared part.
+        pull: ``[*shape]``, of the pull to the base, where it is not in the shared part; else empty.
+        sums: ``[]`` each.
+    """
+
+    h: Tree
+    shared: Tree
+    pull: Tree
+    sums: dict[str, Tensor]
+
+
 class StepResult(NamedTuple):
     """One step's gradient by parameter name, the balancing state after it, and what to log."""
 
@@ -174,17 +190,15 @@ def step_gradient(
         all_rows(policy, part, rule, loss, weigh if fixed else None, micro_batch, total)
         for part, total in _halves(rows, whole)
     ]
-    apart = step.refresh and full and loss.kl_weight > 0
-    pull = _kl_gradient(policy, rows, loss, micro_batch, whole.total) if apart else {}
-    parts, pull = all_reduce((parts, pull), whole.world)
-    a, b, last, shared, metrics = _joined(parts, whole, K)
+    a, b, last, shared, pull, metrics = _joined(all_reduce(parts, whole.world), whole, K)
     own = last if fixed else None
     h = {name: (a[name] + b[name]) / 2 for name in a}
     estimate, sum_a, sum_b = collect(balance.estimate, a, b, rule)
     balance = balance._replace(estimate=estimate)
     if not step.refresh:
         assert own is not None
-        return StepResult({name: x + shared[name] for name, x in own.items()}, balance, metrics, None)
+        gradient = {name: x + shared[name] for name, x in own.items()}
+        return StepResult(_added(gradient, pull), balance, metrics, None)
     estimate, signal = observe(estimate, sum_a, sum_b, shared if full else None, rule, step.metric)
     balance = balance._replace(estimate=estimate)
     solution = solve(rule, signal, step.prior)
@@ -195,8 +209,7 @@ def step_gradient(
         balance, rho_used, c = refreshed(rule, balance, signal.gram, solution, step.prior)
         direction, prox_scale = combine_rows(signal.rows or h, c), float(c.sum()) if full else 1.0
     gradient = {name: x + prox_scale * shared[name] for name, x in direction.items()}
-    if pull:
-        gradient = {name: x + pull[name] for name, x in gradient.items()}
+    gradient = _added(gradient, pull)
     g = {name: x + shared[name] for name, x in h.items()} if full else h
     record = _record(balance, solution, signal, gradient, g, c, step.previous, rho_used)
     return StepResult(gradient, balance, metrics, record)
@@ -326,23 +339,25 @@ def _halves(rows: Rows, whole: Whole) -> list[tuple[Rows, int]]:
     return [(part_of(rows, slice(own)), whole.first), (part_of(rows, slice(own, end)), whole.total - whole.first)]
 
 
-def _joined(
-    parts: list[tuple[Tree, Tree, dict[str, Tensor]]], whole: Whole, K: int
-) -> tuple[Tree, Tree, Tree, Tree, dict[str, float]]:
+def _joined(parts: list[Part], whole: Whole, K: int) -> tuple[Tree, Tree, Tree, Tree, Tree, dict[str, float]]:
     """All K gradients of the reward part, as means over either half of the rows; the last row of each (what the
-    coefficients at hand make of them, if that was asked for) and the shared part, over all rows; and what to log."""
+    coefficients at hand make of them, if that was asked for), the shared part and the pull, over all rows; and what
+    to log."""
     B, first = whole.total, whole.first
     if len(parts) == 1:
-        (h, shared, sums) = parts[0]
+        h, shared, pull, sums = parts[0]
         rows, own = {name: x[:K] for name, x in h.items()}, {name: x[-1] for name, x in h.items()}
-        return rows, rows, own, shared, {name: float(x) / B for name, x in sums.items()}
-    (h_a, shared_a, sums_a), (h_b, shared_b, sums_b) = parts
+        return rows, rows, own, shared, pull, {name: float(x) / B for name, x in sums.items()}
+    (h_a, shared_a, pull_a, sums_a), (h_b, shared_b, pull_b, sums_b) = parts
     p, q = first / B, 1 - first / B
     a, b = ({name: 2 * share * x[:K] for name, x in h.items()} for share, h in ((p, h_a), (q, h_b)))
     own = {name: p * x[-1] + q * h_b[name][-1] for name, x in h_a.items()}
-    shared = {name: p * x + q * shared_b[name] for name, x in shared_a.items()}
+    shared, pull = (
+        {name: p * x + q * other[name] for name, x in tree.items()}
+        for tree, other in ((shared_a, shared_b), (pull_a, pull_b))
+    )
     means = {name: p * (float(x) / first) + q * (float(sums_b[name]) / (B - first)) for name, x in sums_a.items()}
-    return a, b, own, shared, means
+    return a, b, own, shared, pull, means
 
 
 def all_rows(
@@ -353,20 +368,20 @@ def all_rows(
     weigh: Callable[[Tensor, Tensor], Tensor] | None,
     micro_batch: int,
     total: int | None = None,
-) -> tuple[Tree, Tree, dict[str, Tensor]]:
-    """All K gradients of the reward part (with one more for ``weigh``), and that of the shared part, over the rows.
+) -> Part:
+    """All K gradients of the reward part (with one more for ``weigh``), and those of the shared part and of the pull to
+    the base, over the rows. A rule that balances full gradients scales the shared part, and never the pull: only then
+    they are apart.
 
     Args:
         total: the number of rows over which means are taken, where other processes have some of them.
-
-    Returns:
-        ``(h, shared, sums)``: gradients, and sums over these rows of what is logged.
     """
-    B, K = total or rows.x0.shape[0], rows.A.shape[1]
+    B, K, trained = total or rows.x0.shape[0], rows.A.shape[1], parameters(policy)
     h: Tree = {}
     shared: Tree = {}
+    apart = rule.gradients == "full" and loss.kl_weight > 0
+    pull = _zeros(trained) if apart else {}
     sums = _no_sums(rows)
-    kl_apart = rule.gradients == "full"
     for part in micro_batches(rows, micro_batch):
         columns = interpolation(part.A, a_max=loss.a_max) - 0.5
         if weigh is not None:
@@ -376,7 +391,12 @@ def all_rows(
         def forward(part: Rows = part, log: dict[str, Tensor] = log) -> tuple[Tensor, Tensor]:
             prox, signal, kl, seen = _terms(policy, part, loss)
             log.update(seen)
-            return signal, (prox + (0.0 if kl_apart else loss.kl_weight) * kl).sum() / B
+            kl = loss.kl_weight * kl.sum() / B
+            if not apart:
+                return signal, prox.sum() / B + kl
+            found = torch.autograd.grad(kl, list(trained.values()), retain_graph=True)
+            _add(pull, dict(zip(trained, found, strict=True)))
+            return signal, prox.sum() / B
 
         fallback = "all" if rule.rows == "k_pass" else "error"
         result = shared_cotangent_rows(forward, policy.model, columns / B, fallback=fallback)  # type: ignore[arg-type]
@@ -385,20 +405,9 @@ def all_rows(
         assert result.shared_loss is not None
         _add(sums, log | {"loss": result.shared_loss * B})
     if not h:  # no rows of this process
-        shared = _zeros(parameters(policy))
+        shared = _zeros(trained)
         h = {name: p.new_zeros(K + (weigh is not None), *p.shape) for name, p in shared.items()}
-    return h, shared, sums
-
-
-def _kl_gradient(policy: Policy, rows: Rows, loss: LossConfig, micro_batch: int, B: int) -> Tree:
-    """Gradient of the pull to the base alone, as a mean over B rows, for the paper's rule, which scales all else."""
-    trained = parameters(policy)
-    total = _zeros(trained)
-    for part in micro_batches(rows, micro_batch):
-        _, _, kl, _ = _terms(policy, part, loss)
-        found = torch.autograd.grad(loss.kl_weight * kl.sum() / B, list(trained.values()))
-        _add(total, dict(zip(trained, found, strict=True)))
-    return total
+    return Part(h, shared, pull, sums)
 
 
 def _terms(policy: Policy, rows: Rows, loss: LossConfig) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
@@ -434,6 +443,11 @@ def _zeros(trained: Mapping[str, Tensor]) -> Tree:
 def _no_sums(rows: Rows) -> dict[str, Tensor]:
     """Sums over no rows of what is logged."""
     return {name: rows.embeds.new_zeros((), dtype=rows.x0.dtype) for name in _LOGGED}
+
+
+def _added(gradient: Tree, pull: Tree) -> Tree:
+    """A gradient and the pull to the base, where that is apart."""
+    return {name: x + pull[name] for name, x in gradient.items()} if pull else gradient
 
 
 def _add(total: dict[str, Tensor], more: dict[str, Tensor]) -> None:

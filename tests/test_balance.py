@@ -191,6 +191,13 @@ def test_the_kl_of_the_papers_rule_is_not_scaled_by_the_solve(policy: Policy, ro
         assert_trees({n: pulled[n] - plain[n] for n in plain}, pull, 1e-5)
 
 
+def test_a_step_collected_for_the_papers_solve_has_its_kl_as_well(policy: Policy, rows: Rows) -> None:
+    loss, paper = dataclasses.replace(LOSS, kl_weight=0.3), rule("marble-paper", SolveConfig(accumulate=2))
+    ordinary = take(policy, rows, paper, refresh=False, loss=loss)
+    collected = take(policy, rows, paper, refresh=False, collect=True, loss=loss)
+    assert_trees(collected.gradient, ordinary.gradient)
+
+
 def test_min_norm_balances_the_signal_and_adds_the_shared_part_once(policy: Policy, rows: Rows) -> None:
     h, prox = signal_gradients(policy, rows)
     matrix = torch.stack([flat(x) for x in h])

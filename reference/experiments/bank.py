@@ -98,7 +98,7 @@ def _units(
         for unit in range(config.rollout.prompts_per_epoch):
             index = torch.arange(unit * n, (unit + 1) * n)
             rows = step_rows(base, rollout, A, A_sum, index, config, epoch, unit)
-            h, shared, _ = all_rows(policy, rows, rule, config.loss, weigh, config.optim.micro_batch)
+            h, shared, *_ = all_rows(policy, rows, rule, config.loss, weigh, config.optim.micro_batch)
             row = torch.cat([torch.cat([h[name].flatten(1), shared[name].flatten()[None]]) for name in h], dim=1)
             found.append(_sketched(row.cpu(), sketch))
             if len(found) == count:
