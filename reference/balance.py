@@ -28,7 +28,7 @@ from marble_core import (
     update_coefficients,
 )
 from reference.config import SOLVERS, LossConfig, Rule
-from reference.distributed import ALONE, World, all_reduce
+from reference.distributed import ALONE, World, all_reduce, check_peers
 from reference.estimate import Estimate, Signal, Tree, collect, init_estimate, observe
 from reference.policy import Policy, active, merged, parameters, velocity
 from reference.scoring import load_callable
@@ -187,7 +187,7 @@ def step_gradient(
     K, full = rows.A.shape[1], rule.gradients == "full"
     fixed = not step.refresh or rule.kind != "solve" or step.uniform
     parts = [
-        all_rows(policy, part, rule, loss, weigh if fixed else None, micro_batch, total)
+        all_rows(policy, part, rule, loss, weigh if fixed else None, micro_batch, total, whole.world)
         for part, total in _halves(rows, whole)
     ]
     a, b, last, shared, pull, metrics = _joined(all_reduce(parts, whole.world), whole, K)
@@ -298,9 +298,10 @@ def part_of(rows: Rows, part: slice) -> Rows:
     return rows._replace(**{name: getattr(rows, name)[part] for name in own})
 
 
-def micro_batches(rows: Rows, size: int) -> Iterator[Rows]:
-    """The rows, ``size`` at a time, where the model is."""
+def micro_batches(rows: Rows, size: int, world: World = ALONE) -> Iterator[Rows]:
+    """The rows, ``size`` at a time, where the model is; not to the end if another process has failed meanwhile."""
     for start in range(0, rows.x0.shape[0], size):
+        check_peers(world)
         yield Rows(*(x.to(rows.embeds.device) for x in part_of(rows, slice(start, start + size))))
 
 
@@ -320,7 +321,7 @@ def _plain(
     scaled = rule.gradients == "full" and rule.amortize == "norm_corrected" and rule.kind == "solve" and not uniform
     prox_scale = float(balance.applied.sum()) if scaled else 1.0
     total, sums = _zeros(trained), _no_sums(rows)
-    for part in micro_batches(rows, micro_batch):
+    for part in micro_batches(rows, micro_batch, whole.world):
         prox, signal, kl, log = _terms(policy, part, loss)
         objective = (prox_scale * prox + weigh(part.A, part.A_sum) * signal + loss.kl_weight * kl).sum() / B
         found = torch.autograd.grad(objective, list(trained.values()))
@@ -368,6 +369,7 @@ def all_rows(
     weigh: Callable[[Tensor, Tensor], Tensor] | None,
     micro_batch: int,
     total: int | None = None,
+    world: World = ALONE,
 ) -> Part:
     """All K gradients of the reward part (with one more for ``weigh``), and those of the shared part and of the pull to
     the base, over the rows. A rule that balances full gradients scales the shared part, and never the pull: only then
@@ -375,6 +377,7 @@ def all_rows(
 
     Args:
         total: the number of rows over which means are taken, where other processes have some of them.
+        world: these processes; what they have is not added here.
     """
     B, K, trained = total or rows.x0.shape[0], rows.A.shape[1], parameters(policy)
     h: Tree = {}
@@ -382,7 +385,7 @@ def all_rows(
     apart = rule.gradients == "full" and loss.kl_weight > 0
     pull = _zeros(trained) if apart else {}
     sums = _no_sums(rows)
-    for part in micro_batches(rows, micro_batch):
+    for part in micro_batches(rows, micro_batch, world):
         columns = interpolation(part.A, a_max=loss.a_max) - 0.5
         if weigh is not None:
             columns = torch.cat([columns, weigh(part.A, part.A_sum).unsqueeze(-1)], dim=-1)
