@@ -14,8 +14,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from reference.config import Config, Preset, PretrainConfig, SimilarityConfig, from_toml, is_world, preset
+from reference.config import Config, Preset, PretrainConfig, SimilarityConfig, is_world
 from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
+from reference.presets import preset
+from reference.toml import from_toml
 from reference.validation import validate
 
 

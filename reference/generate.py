@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from reference import checkpoint
-from reference.config import Config, from_toml
+from reference.config import Config
 from reference.devices import tf32
 from reference.errors import ConfigError
 from reference.evaluate import generate, generator
@@ -17,6 +17,7 @@ from reference.live import save_grid
 from reference.model import load_model
 from reference.policy import Adapter, weights_of
 from reference.prompts import held_out_prompts
+from reference.toml import from_toml
 
 
 def generate_grid(

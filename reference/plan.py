@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 
 from marble_core import refresh_due
-from reference.config import Config, Rule, is_world, rule_of, to_toml, training_times
+from reference.config import Config, Rule, is_world, rule_of, training_times
 from reference.errors import ConfigError
 from reference.model import load_model
 from reference.policy import parameters, target_layers, velocity
 from reference.prompts import all_prompts, held_out_prompts, training_pool
+from reference.toml import to_toml
 
 _BYTES = 4  # float32
 

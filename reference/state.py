@@ -14,12 +14,13 @@ from torch.utils import _pytree as pytree
 
 from reference import checkpoint
 from reference.balance import Balance
-from reference.config import Config, LogConfig, ScoringConfig, from_toml, to_toml
+from reference.config import Config, LogConfig, ScoringConfig
 from reference.errors import CheckpointError, ConfigError
 from reference.estimate import Tree
 from reference.live import Live
 from reference.policy import Policy, adapter_state, load_adapter, lora_layers
 from reference.progress import Progress
+from reference.toml import from_toml, to_toml
 
 LORA = "pytorch_lora_weights.safetensors"
 

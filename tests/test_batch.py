@@ -9,7 +9,8 @@ import torch
 
 from reference.base import load_base
 from reference.batch import Rollout, advantages, group_of, images_of_steps, step_rows
-from reference.config import Config, OptimConfig, RolloutConfig, preset, training_times
+from reference.config import Config, OptimConfig, RolloutConfig, training_times
+from reference.presets import preset
 from reference.prompts import world_prompts
 from reference.rollout import times
 from reference.scoring import Scores, plain_prompts

@@ -19,14 +19,13 @@ from reference.config import (
     Preset,
     RolloutConfig,
     SolveConfig,
-    from_toml,
-    preset,
     rule_of,
-    to_toml,
     training_times,
 )
 from reference.errors import ConfigError
+from reference.presets import preset
 from reference.scorer import load_rewards
+from reference.toml import from_toml, to_toml
 from reference.validation import validate
 
 PRESETS: tuple[Preset, ...] = typing.get_args(Preset)

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from reference.base import load_base
-from reference.config import Config, preset
+from reference.config import Config
 from reference.errors import ConfigError
 from reference.evaluate import evaluate, gain, generate, generator, interval, prompt_means
 from reference.experiments.controls import controls, held_out_gain
 from reference.experiments.demo import RULES, demo
 from reference.experiments.records import records
 from reference.policy import active, adapter_state, add_lora, load_adapter
+from reference.presets import preset
 from reference.prompts import world_prompts
 from reference.scorer import Scorer, load_rewards
 from reference.scoring import Scores, plain_prompts

@@ -15,7 +15,7 @@ import torch
 
 from reference import checkpoint
 from reference.__main__ import main
-from reference.config import Config, LogConfig, ModelConfig, preset, to_toml
+from reference.config import Config, LogConfig, ModelConfig
 from reference.errors import ConfigError
 from reference.experiments.evaluation import evaluate_run, prompts_of, reward_names, with_strict
 from reference.experiments.paper import composite, paper_table
@@ -32,7 +32,9 @@ from reference.experiments.summary import (
 )
 from reference.model import load_model
 from reference.policy import adapter_state
+from reference.presets import preset
 from reference.scoring import Scores
+from reference.toml import to_toml
 from reference.train import train
 
 NAN = float("nan")

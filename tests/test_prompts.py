@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from reference.config import Config, RolloutConfig, preset
+from reference.config import Config, RolloutConfig
 from reference.errors import ConfigError
+from reference.presets import preset
 from reference.prompt_files import Prompt
 from reference.prompts import Pool, held_out_prompts, prompts_of_epoch, read_prompts, training_pool, world_prompts
 from reference.scoring import plain_prompts

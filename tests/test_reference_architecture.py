@@ -15,6 +15,8 @@ MODULES = sorted(path for path in ROOT.rglob("*.py") if path.stem != "__init__")
 ORDER = (
     "errors",
     "config",
+    "presets",
+    "toml",
     "devices",
     "distributed",
     "geneval_prompts",

@@ -23,7 +23,7 @@ from reference.__main__ import main, train_arguments
 from reference.balance import Rows, Step, init_balance, step_gradient
 from reference.base import Base
 from reference.batch import Rollout, advantages, step_rows
-from reference.config import Config, ModelConfig, SolveConfig, preset, rule_of
+from reference.config import Config, ModelConfig, SolveConfig, rule_of
 from reference.errors import ConfigError
 from reference.evaluate import generate
 from reference.model import load_model
@@ -37,6 +37,7 @@ from reference.policy import (
     velocity,
     weights_of,
 )
+from reference.presets import preset
 from reference.scoring import Scores, plain_prompts
 
 CPU = torch.device("cpu")

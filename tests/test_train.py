@@ -19,8 +19,10 @@ from torch import Tensor
 
 from reference import balance, checkpoint, scorer
 from reference import train as train_module
-from reference.config import Config, SolveConfig, preset, to_toml
+from reference.config import Config, SolveConfig
 from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
+from reference.presets import preset
+from reference.toml import to_toml
 from reference.train import train
 
 ROOT = Path(__file__).resolve().parents[1]

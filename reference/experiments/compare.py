@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from reference.config import Config, from_toml, to_toml
+from reference.config import Config
 from reference.errors import ConfigError, TrainingError
 from reference.experiments.comparison import finished, judged_by, write_tables
+from reference.toml import from_toml, to_toml
 from reference.train import prepare
 from reference.validation import validate
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from reference import checkpoint
 from reference.base import Base
-from reference.config import WORLD_REWARDS, Config, from_toml, is_world
+from reference.config import WORLD_REWARDS, Config, is_world
 from reference.devices import tf32
 from reference.errors import ConfigError
 from reference.evaluate import generate_batches, generator, prompt_means
@@ -28,6 +28,7 @@ from reference.prompts import held_out_prompts
 from reference.rewards import REWARDS
 from reference.scorer import Scorer, score_images, scorer_of
 from reference.scoring import Scores
+from reference.toml import from_toml
 
 STRICT = "geneval_strict"  # GenEval's own 0 or 1: where the graded reward is 1
 

@@ -1,0 +1,91 @@
+"""Configurations to start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reference.config import (
+    Config,
+    LogConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    Preset,
+    RolloutConfig,
+    ScoringConfig,
+)
+
+
+def preset(name: Preset) -> Config:
+    """The configuration of a preset.
+
+    ``world``: the small world for 20-30 minutes on two cores. ``demo``: a few minutes. ``tiny``: seconds, for tests.
+    ``sd35m``: Stable Diffusion 3.5 Medium with the paper's constants. ``sd35m-single-gpu``: the same for one card of
+    80 GB; docs/trainer.md says what it trades.
+    """
+    if name in ("sd35m", "sd35m-single-gpu"):
+        return _sd35m(single_gpu=name != "sd35m")
+    if name == "world":
+        return Config()
+    if name == "demo":
+        log = LogConfig(eval_every=0, eval_prompts=40, save_every=0)
+        return Config(run=Path("runs/demo"), epochs=18, rollout=RolloutConfig(pool=30, prompts_per_epoch=6), log=log)
+    rollout = RolloutConfig(pool=4, prompts_per_epoch=2, images_per_prompt=4, steps=3, batch=8)
+    loss = LossConfig(timesteps_per_image=2)
+    optim = OptimConfig(micro_batch=8)
+    log = LogConfig(eval_every=0, eval_prompts=3, eval_images=2, eval_steps=2, save_every=1, trackers=())
+    return Config(run=Path("runs/tiny"), epochs=2, rollout=rollout, loss=loss, optim=optim, log=log)
+
+
+def _sd35m(*, single_gpu: bool) -> Config:
+    """The paper's setting; on one card with a ninth of its rows, and a smaller share of each epoch's images."""
+    model = ModelConfig(
+        base="stabilityai/stable-diffusion-3.5-medium",
+        lora_rank=32,
+        lora_alpha=64.0,
+        lora_targets="attention",
+        precision="bf16",
+        t5_tokens=128 if single_gpu else 256,
+    )
+    rollout = RolloutConfig(
+        prompts=("text:prompts/general.txt", "ocr:prompts/ocr.txt", "geneval:prompts/geneval.jsonl"),
+        held_out=("text:prompts/general-test.txt", "ocr:prompts/ocr-test.txt", "geneval:prompts/geneval-test.jsonl"),
+        prompts_per_epoch=16 if single_gpu else 48,
+        images_per_prompt=24,
+        steps=10,  # 25 in the official configuration for several rewards
+        sampler="dpm2",
+        batch=24,
+    )
+    optim = OptimConfig(
+        lr=3e-4,
+        betas=(0.9, 0.999),
+        weight_decay=1e-4,
+        eps=1e-8,
+        clip=1.0,
+        steps_per_epoch=1,
+        micro_batch=9,
+        old_decay="standard",
+        ema_cap=0.9,
+    )
+    loss = LossConfig(
+        form="x0",
+        beta=0.1,
+        a_max=5.0,
+        kl_weight=1e-4,
+        std="global",
+        timesteps_per_image=3 if single_gpu else 0,
+        timestep_fraction=0.99,
+    )
+    watch = ("aesthetic", "imagereward") if single_gpu else ("aesthetic", "imagereward", "unifiedreward")
+    return Config(
+        run=Path("runs/sd35m-single-gpu" if single_gpu else "runs/sd35m"),
+        balance="marble-paper",
+        rewards=("pickscore", "hpsv2", "clipscore", "ocr", "geneval"),
+        epochs=900,  # a million images, as in the paper, with 48 prompts an epoch
+        model=model,
+        rollout=rollout,
+        scoring=ScoringConfig(batch=24, background=True),
+        loss=loss,
+        optim=optim,
+        log=LogConfig(eval_every=25, eval_prompts=120, eval_images=2, eval_steps=40, save_every=10, watch=watch),
+    )
