@@ -73,6 +73,7 @@ ORDER = (
     "experiments.paper",
     "experiments.summary",
     "experiments.evaluation",
+    "arguments",
     "__main__",
 )
 

@@ -1,0 +1,208 @@
+"""The arguments of every command: a dataclass each, whose docstrings are the help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from reference.config import Config, Preset, PretrainConfig, SimilarityConfig
+from reference.presets import preset
+
+
+@dataclass(frozen=True)
+class Train:
+    """Fine-tune a base model with several rewards.
+
+    Values come from the preset, then from the file, then from the command line.
+    """
+
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+    preset: Preset = "world"
+    """Starting values: world (20-30 minutes on two cores), demo (minutes), tiny (seconds), sd35m, sd35m-single-gpu."""
+    config: Path | None = None
+    """TOML file with values for some of the fields, such as the config.toml of another run."""
+    resume: bool = False
+    """Continue the run in --run from its newest whole checkpoint."""
+    dry_run: bool = False
+    """Print what would be done, with estimates of memory and time, and stop."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Weighted sum and MARBLE from the same seeds, for a few minutes, with one report about both."""
+
+    epochs: int = preset("demo").epochs
+    """Epochs of each run."""
+    seed: int = 0
+    """Seed of both runs."""
+    folder: Path = preset("demo").run
+    """Where the runs go; those of an earlier demo are replaced."""
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Train with one reward alone, for each: a reward that cannot be raised alone cannot show balancing."""
+
+    rewards: tuple[str, ...] = ("objects", "text", "similarity", "colour", "jpeg")
+    """Which rewards."""
+    epochs: int = 80
+    """Epochs of each run."""
+    prompts_per_epoch: int = 6
+    """Prompts of an epoch, fewer than in the world preset: about 10 minutes a run on two cores."""
+    seed: int = 0
+    """Seed of every run."""
+    folder: Path = Path("runs/controls")
+    """Where the runs go; finished ones are not repeated, and one that was stopped goes on."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train several rules with several seeds and the same random numbers, and compare them on held-out prompts."""
+
+    rules: tuple[str, ...] = ("marble", "marble-paper", "weighted-sum", "uniform")
+    """Names as of --balance, or label=file.toml with any values of a configuration; the first is compared to all."""
+    seeds: int = 5
+    """Runs of each rule."""
+    epochs: int = 40
+    """Epochs of each run."""
+    prompts_per_epoch: int = 12
+    """Prompts of an epoch."""
+    eval_prompts: int = 120
+    """Held-out prompts."""
+    eval_every: int = 20
+    """Epochs between evaluations."""
+    config: Path | None = None
+    """TOML file with further values of all runs, over the preset world."""
+    folder: Path = Path("runs/compare")
+    """Where the runs and the tables go; finished runs are not repeated, and one that was stopped goes on."""
+    jobs: int = 1
+    """Runs side by side, each in a process of its own."""
+    threads: int = 0
+    """CPU threads of each run; 0 leaves torch's choice."""
+    tables_only: bool = False
+    """Train nothing: tables of the runs that are there."""
+
+
+@dataclass(frozen=True)
+class Diagnose:
+    """How much of each reward's gradient is signal, and what each rule makes of it, as the rows of a solve grow."""
+
+    run: Path | None = None
+    """Run folder whose newest checkpoint is examined; without it, a preset's base policy."""
+    preset: Preset = "world"
+    """The preset whose base policy is examined, where no run is given."""
+    units: int = 280
+    """Groups of images of training prompts, a prompt's group each; half of them stand behind the largest solve."""
+    held_out: int = 80
+    """Groups of images of held-out prompts, which no direction is made from."""
+    sketch: int = 0
+    """Random projection of the gradients to so many numbers, where they do not fit into memory; 0 for none."""
+    folder: Path | None = None
+    """Where tables, figure and inner products go; by default diagnose/ in the run folder, or runs/diagnose."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Images of a run on a grid, with the averaged weights of its newest checkpoint."""
+
+    run: Path = Path("runs/world")
+    """Folder of the run."""
+    prompts: tuple[str, ...] = ()
+    """Prompts, a row of images each; without any, the run's first held-out prompts."""
+    count: int = 8
+    """How many held-out prompts."""
+    images: int = 4
+    """Images of each prompt."""
+    steps: int = 0
+    """Sampling steps; 0 for those of the run's evaluations."""
+    seed: int = 0
+    """Seed of the noise."""
+    untrained: bool = False
+    """The base model's images, from the same noise."""
+    device: str = "auto"
+    """auto for a GPU where there is one, or cpu, cuda, cuda:1, ..."""
+    out: Path | None = None
+    """The PNG file; by default grids/generated.png in the run folder."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """All rewards of a run on held-out prompts, with intervals, and the paper's composite."""
+
+    run: Path = Path("runs/world")
+    """Folder of the run; the averaged weights of its newest checkpoint are judged."""
+    prompts: tuple[str, ...] = ()
+    """Files of prompts as [format:]path[#reward,reward], all of each; without any, the run's held-out prompts."""
+    rewards: tuple[str, ...] = ()
+    """Rewards to judge by; without any, those that the run was trained on and those that it watched."""
+    images: int = 1
+    """Images of each prompt."""
+    steps: int = 40
+    """Sampling steps."""
+    seed: int = 0
+    """Seed of the noise."""
+    base: bool = False
+    """Judge the base model as well, on images from the same noise, and the change."""
+    models: Annotated[tuple[str, ...], tyro.conf.arg(name="scoring.models")] = ()
+    """Where rewards load their models from, as name=source, over what the run says."""
+    device: str = "auto"
+    """auto for a GPU where there is one, or cpu, cuda, cuda:1, ..."""
+    folder: Path | None = None
+    """Where the files go; by default evaluation/ in the run folder. Those of an earlier evaluation are replaced."""
+
+
+@dataclass(frozen=True)
+class MakePrompts:
+    """Make a file of prompts, so that a run needs none from elsewhere."""
+
+    kind: Annotated[Literal["geneval"], tyro.conf.Positional]
+    """geneval: objects, counts, colours and positions in the format and language of GenEval."""
+    out: Path = Path("prompts/geneval.jsonl")
+    """The file."""
+    count: int = 2000
+    """Prompts, all different."""
+    seed: int = 0
+    """Another seed gives other prompts: use one for training and one for the held-out prompts."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How well the five rewards judge rendered scenes, where the truth is known."""
+
+    count: int = 1000
+    """Scenes."""
+    seed: int = 1
+    """Seed of the scenes."""
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Make the small world's base model from nothing; a run that was stopped goes on."""
+
+    config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
+    folder: Path = Path("runs/world-base")
+    """Where the model, its log and the state to go on from are written."""
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Train the small world's dual encoder from nothing."""
+
+    config: Annotated[SimilarityConfig, tyro.conf.arg(name="")] = field(default_factory=SimilarityConfig)
+    folder: Path = Path("runs/world-base")
+    """Where the encoder and its log are written."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the HTML report of a run again."""
+
+    run: Path = Path("runs/world")
+    """Folder of the run."""
