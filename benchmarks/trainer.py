@@ -44,7 +44,7 @@ with warnings.catch_warnings():
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-    from reference.balance import Rows, Step, init_balance, step_gradient
+    from reference.balance import Step, init_balance, step_gradient
     from reference.config import Config, LossConfig, Rule, SolveConfig, rule_of
     from reference.policy import (
         Policy,
@@ -57,6 +57,7 @@ with warnings.catch_warnings():
         velocity,
     )
     from reference.rollout import sample, times
+    from reference.rows import Rows
 
 from marble_core import ema_tree
 

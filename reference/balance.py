@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +13,6 @@ from marble_core import (
     Coefficients,
     Guard,
     Harmonization,
-    affine_terms,
-    branch_losses,
     combine_rows,
     cone_weights,
     cross_alignment,
@@ -23,43 +21,15 @@ from marble_core import (
     interpolation,
     min_norm_weights,
     null_alignment,
-    shared_cotangent_rows,
     shrink_to_prior,
     update_coefficients,
 )
 from reference.config import SOLVERS, LossConfig, Rule
-from reference.distributed import ALONE, World, all_reduce, check_peers
+from reference.distributed import ALONE, all_reduce
 from reference.estimate import Estimate, Signal, Tree, collect, init_estimate, observe
-from reference.policy import Policy, active, merged, parameters, velocity
+from reference.policy import Policy
+from reference.rows import Rows, Weigh, Whole, all_rows, halves, joined, one_gradient
 from reference.scoring import load_callable
-
-_LOGGED = ("kl", "drift", "v_norm", "x0_abs", "loss")  # means over the rows of a step
-
-
-class Rows(NamedTuple):
-    """The rows of one optimiser step, ``B`` pairs of an image and a timestep, or a micro-batch of them.
-
-    Attributes:
-        x0: ``[B, C, H, W]``, clean latents.
-        noise: ``[B, C, H, W]``.
-        t: ``[B]``.
-        embeds: ``[P, L, D]``, embeddings of the prompts, where the model is; the rest may be elsewhere.
-        pooled: ``[P, D']``, pooled ones.
-        A: ``[B, K]``, advantages, one column a reward.
-        A_sum: ``[B]``, advantages of the weighted sum of the raw rewards.
-        half: ``[B]``, 0 and then 1: the two halves share no prompt.
-        prompt: ``[B]``, which of the P prompts is a row's.
-    """
-
-    x0: Tensor
-    noise: Tensor
-    t: Tensor
-    embeds: Tensor
-    pooled: Tensor
-    A: Tensor
-    A_sum: Tensor
-    half: Tensor
-    prompt: Tensor
 
 
 class Balance(NamedTuple):
@@ -97,36 +67,6 @@ class Step(NamedTuple):
     prior: Tensor
     metric: Tree | None
     previous: Tree | None
-
-
-class Whole(NamedTuple):
-    """A step over all processes, each of which has some of its rows, or none.
-
-    Attributes:
-        world: the processes.
-        first: rows of the step's first half.
-        total: rows of the step.
-    """
-
-    world: World
-    first: int
-    total: int
-
-
-class Part(NamedTuple):
-    """Gradients of some of a step's rows by parameter name, and sums over those rows of what is logged.
-
-    Attributes:
-        h: ``[K, *shape]``, or one more: of the reward part.
-        shared: ``[*shape]``, of the shared part.
-        pull: ``[*shape]``, of the pull to the base, where it is not in the shared part; else empty.
-        sums: ``[]`` each.
-    """
-
-    h: Tree
-    shared: Tree
-    pull: Tree
-    sums: dict[str, Tensor]
 
 
 class StepResult(NamedTuple):
@@ -181,16 +121,18 @@ def step_gradient(
     """
     whole = whole or Whole(ALONE, int((rows.half == 0).sum()), rows.x0.shape[0])
     weigh = signal_weights(rule, balance, loss.a_max, step)
-    if not (step.refresh or step.collect):
-        gradient, metrics = _plain(policy, rows, rule, balance, loss, weigh, micro_batch, step.uniform, whole)
-        return StepResult(gradient, balance, metrics, None)
     K, full = rows.A.shape[1], rule.gradients == "full"
+    if not (step.refresh or step.collect):
+        scaled = full and rule.amortize == "norm_corrected" and rule.kind == "solve" and not step.uniform
+        prox_scale = float(balance.applied.sum()) if scaled else 1.0
+        gradient, metrics = one_gradient(policy, rows, loss, weigh, prox_scale, micro_batch, whole)
+        return StepResult(gradient, balance, metrics, None)
     fixed = not step.refresh or rule.kind != "solve" or step.uniform
     parts = [
         all_rows(policy, part, rule, loss, weigh if fixed else None, micro_batch, total, whole.world)
-        for part, total in _halves(rows, whole)
+        for part, total in halves(rows, whole)
     ]
-    a, b, last, shared, pull, metrics = _joined(all_reduce(parts, whole.world), whole, K)
+    a, b, last, shared, pull, metrics = joined(all_reduce(parts, whole.world), whole, K)
     own = last if fixed else None
     h = {name: (a[name] + b[name]) / 2 for name in a}
     estimate, sum_a, sum_b = collect(balance.estimate, a, b, rule)
@@ -276,7 +218,7 @@ def applied_coefficients(rule: Rule, balance: Balance, prior: Tensor) -> Tensor:
     return balance.applied + prior if rule.solver in ("cone", "prior") else balance.applied
 
 
-def signal_weights(rule: Rule, balance: Balance, a_max: float, step: Step) -> Callable[[Tensor, Tensor], Tensor]:
+def signal_weights(rule: Rule, balance: Balance, a_max: float, step: Step) -> Weigh:
     """How a step without a solve weighs the reward part of each row: a function of ``A [B, K]`` and ``A_sum [B]``.
 
     Norm-corrected coefficients combine in r, which is exact with clamping; the others are the papers' rules, which
@@ -292,171 +234,9 @@ def signal_weights(rule: Rule, balance: Balance, a_max: float, step: Step) -> Ca
     return lambda A, A_sum: (interpolation(A, a_max=a_max) - 0.5) @ c.to(A)
 
 
-def part_of(rows: Rows, part: slice) -> Rows:
-    """Some of the rows, with the embeddings of all prompts."""
-    own = [name for name in Rows._fields if name not in ("embeds", "pooled")]
-    return rows._replace(**{name: getattr(rows, name)[part] for name in own})
-
-
-def micro_batches(rows: Rows, size: int, world: World = ALONE) -> Iterator[Rows]:
-    """The rows, ``size`` at a time, where the model is; not to the end if another process has failed meanwhile."""
-    for start in range(0, rows.x0.shape[0], size):
-        check_peers(world)
-        yield Rows(*(x.to(rows.embeds.device) for x in part_of(rows, slice(start, start + size))))
-
-
-def _plain(
-    policy: Policy,
-    rows: Rows,
-    rule: Rule,
-    balance: Balance,
-    loss: LossConfig,
-    weigh: Callable[[Tensor, Tensor], Tensor],
-    micro_batch: int,
-    uniform: bool,
-    whole: Whole,
-) -> tuple[Tree, dict[str, float]]:
-    """One backward pass a micro-batch with the coefficients at hand."""
-    B, trained = whole.total, parameters(policy)
-    scaled = rule.gradients == "full" and rule.amortize == "norm_corrected" and rule.kind == "solve" and not uniform
-    prox_scale = float(balance.applied.sum()) if scaled else 1.0
-    total, sums = _zeros(trained), _no_sums(rows)
-    for part in micro_batches(rows, micro_batch, whole.world):
-        prox, signal, kl, log = _terms(policy, part, loss)
-        objective = (prox_scale * prox + weigh(part.A, part.A_sum) * signal + loss.kl_weight * kl).sum() / B
-        found = torch.autograd.grad(objective, list(trained.values()))
-        for x, g in zip(total.values(), found, strict=True):
-            x += g
-        _add(sums, log | {"loss": objective.detach() * B})
-    total, sums = all_reduce((total, sums), whole.world)
-    return total, {name: float(x) / B for name, x in sums.items()}
-
-
-def _halves(rows: Rows, whole: Whole) -> list[tuple[Rows, int]]:
-    """This process's rows of either half, and how many all processes have; undivided where one half is empty."""
-    if whole.first in (0, whole.total):  # a single image: nothing to compare it with
-        return [(rows, whole.total)]
-    own, end = int((rows.half == 0).sum()), rows.x0.shape[0]
-    return [(part_of(rows, slice(own)), whole.first), (part_of(rows, slice(own, end)), whole.total - whole.first)]
-
-
-def _joined(parts: list[Part], whole: Whole, K: int) -> tuple[Tree, Tree, Tree, Tree, Tree, dict[str, float]]:
-    """All K gradients of the reward part, as means over either half of the rows; the last row of each (what the
-    coefficients at hand make of them, if that was asked for), the shared part and the pull, over all rows; and what
-    to log."""
-    B, first = whole.total, whole.first
-    if len(parts) == 1:
-        h, shared, pull, sums = parts[0]
-        rows, own = {name: x[:K] for name, x in h.items()}, {name: x[-1] for name, x in h.items()}
-        return rows, rows, own, shared, pull, {name: float(x) / B for name, x in sums.items()}
-    (h_a, shared_a, pull_a, sums_a), (h_b, shared_b, pull_b, sums_b) = parts
-    p, q = first / B, 1 - first / B
-    a, b = ({name: 2 * share * x[:K] for name, x in h.items()} for share, h in ((p, h_a), (q, h_b)))
-    own = {name: p * x[-1] + q * h_b[name][-1] for name, x in h_a.items()}
-    shared, pull = (
-        {name: p * x + q * other[name] for name, x in tree.items()}
-        for tree, other in ((shared_a, shared_b), (pull_a, pull_b))
-    )
-    means = {name: p * (float(x) / first) + q * (float(sums_b[name]) / (B - first)) for name, x in sums_a.items()}
-    return a, b, own, shared, pull, means
-
-
-def all_rows(
-    policy: Policy,
-    rows: Rows,
-    rule: Rule,
-    loss: LossConfig,
-    weigh: Callable[[Tensor, Tensor], Tensor] | None,
-    micro_batch: int,
-    total: int | None = None,
-    world: World = ALONE,
-) -> Part:
-    """All K gradients of the reward part (with one more for ``weigh``), and those of the shared part and of the pull to
-    the base, over the rows. A rule that balances full gradients scales the shared part, and never the pull: only then
-    they are apart.
-
-    Args:
-        total: the number of rows over which means are taken, where other processes have some of them.
-        world: these processes; what they have is not added here.
-    """
-    B, K, trained = total or rows.x0.shape[0], rows.A.shape[1], parameters(policy)
-    h: Tree = {}
-    shared: Tree = {}
-    apart = rule.gradients == "full" and loss.kl_weight > 0
-    pull = _zeros(trained) if apart else {}
-    sums = _no_sums(rows)
-    for part in micro_batches(rows, micro_batch, world):
-        columns = interpolation(part.A, a_max=loss.a_max) - 0.5
-        if weigh is not None:
-            columns = torch.cat([columns, weigh(part.A, part.A_sum).unsqueeze(-1)], dim=-1)
-        log: dict[str, Tensor] = {}
-
-        def forward(part: Rows = part, log: dict[str, Tensor] = log) -> tuple[Tensor, Tensor]:
-            prox, signal, kl, seen = _terms(policy, part, loss)
-            log.update(seen)
-            kl = loss.kl_weight * kl.sum() / B
-            if not apart:
-                return signal, prox.sum() / B + kl
-            found = torch.autograd.grad(kl, list(trained.values()), retain_graph=True)
-            _add(pull, dict(zip(trained, found, strict=True)))
-            return signal, prox.sum() / B
-
-        fallback = "all" if rule.rows == "k_pass" else "error"
-        result = shared_cotangent_rows(forward, policy.model, columns / B, fallback=fallback)  # type: ignore[arg-type]
-        _add(h, result.rows)
-        _add(shared, result.shared)
-        assert result.shared_loss is not None
-        _add(sums, log | {"loss": result.shared_loss * B})
-    if not h:  # no rows of this process
-        shared = _zeros(trained)
-        h = {name: p.new_zeros(K + (weigh is not None), *p.shape) for name, p in shared.items()}
-    return Part(h, shared, pull, sums)
-
-
-def _terms(policy: Policy, rows: Rows, loss: LossConfig) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """``prox``, ``signal`` and squared distance to the base of every row ``[B]``, and sums over rows to log."""
-    t = rows.t.reshape(-1, 1, 1, 1)
-    x_t = (1 - t) * rows.x0 + t * rows.noise
-    condition = (rows.embeds[rows.prompt], rows.pooled[rows.prompt])
-    with torch.no_grad():
-        with merged(policy, "old"):
-            v_old = velocity(policy, x_t, rows.t, condition)
-        if loss.kl_weight > 0:
-            with active(policy, "base"):
-                v_ref = velocity(policy, x_t, rows.t, condition)
-    v = velocity(policy, x_t, rows.t, condition)
-    l_pos, l_neg = branch_losses(v, v_old, x0=rows.x0, noise=rows.noise, t=rows.t, beta=loss.beta, form=loss.form)
-    scale = loss.a_max / loss.beta if loss.form == "x0" else 1.0
-    prox, signal = affine_terms(scale * l_pos, scale * l_neg)
-    kl = (v - v_ref).square().flatten(1).mean(1) if loss.kl_weight > 0 else torch.zeros_like(prox)
-    log = {
-        "kl": kl.detach().sum(),
-        "drift": (v - v_old).detach().square().flatten(1).mean(1).sum(),
-        "v_norm": v.detach().square().flatten(1).mean(1).sqrt().sum(),
-        "x0_abs": rows.x0.abs().flatten(1).mean(1).sum(),
-    }
-    return prox, signal, kl, log
-
-
-def _zeros(trained: Mapping[str, Tensor]) -> Tree:
-    """A gradient of nothing."""
-    return {name: torch.zeros_like(p, requires_grad=False) for name, p in trained.items()}
-
-
-def _no_sums(rows: Rows) -> dict[str, Tensor]:
-    """Sums over no rows of what is logged."""
-    return {name: rows.embeds.new_zeros((), dtype=rows.x0.dtype) for name in _LOGGED}
-
-
 def _added(gradient: Tree, pull: Tree) -> Tree:
     """A gradient and the pull to the base, where that is apart."""
     return {name: x + pull[name] for name, x in gradient.items()} if pull else gradient
-
-
-def _add(total: dict[str, Tensor], more: dict[str, Tensor]) -> None:
-    """Add tensors by name, in place in ``total``."""
-    for name, x in more.items():
-        total[name] = total[name] + x if name in total else x
 
 
 def _record(

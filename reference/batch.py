@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from marble_core import group_advantages
-from reference.balance import Rows, Whole
 from reference.base import Base
 from reference.config import Config, training_times
 from reference.distributed import ALONE, World, check_peers, share_of
@@ -18,6 +17,7 @@ from reference.policy import Policy
 from reference.prompt_files import Prompt
 from reference.prompts import Pool, prompts_of_epoch
 from reference.rollout import times
+from reference.rows import Rows, Whole
 from reference.scorer import Scorer, score_images
 from reference.scoring import Scores
 

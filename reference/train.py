@@ -22,7 +22,7 @@ from marble_core import (
     soft_min_weights,
 )
 from reference import checkpoint
-from reference.balance import Rows, Step, Whole, applied_coefficients, init_balance, is_finite, step_gradient
+from reference.balance import Step, applied_coefficients, init_balance, is_finite, step_gradient
 from reference.base import Base
 from reference.batch import advantages, images_of_steps, sample_epoch, step_rows, whole_step
 from reference.config import SOLVERS, Config, Rule, rule_of
@@ -47,6 +47,7 @@ from reference.progress import Progress, gains_of, init_progress, update_progres
 from reference.prompt_files import Prompt
 from reference.prompts import Pool, all_prompts, held_out_prompts, training_pool
 from reference.report import write_report
+from reference.rows import Rows, Whole
 from reference.scorer import Scorer, scorer_of
 from reference.scoring import Scores, load_callable
 from reference.state import State, open_run, restore_state, save_state

@@ -20,20 +20,11 @@ from marble_core import (
     min_norm_weights,
     nft_loss,
 )
-from reference.balance import (
-    Balance,
-    Rows,
-    Step,
-    StepResult,
-    applied_coefficients,
-    init_balance,
-    is_finite,
-    micro_batches,
-    step_gradient,
-)
+from reference.balance import Balance, Step, StepResult, applied_coefficients, init_balance, is_finite, step_gradient
 from reference.config import Config, LossConfig, Rule, SolveConfig, rule_of
 from reference.estimate import Tree
 from reference.policy import Policy, active, adapter_state, add_lora, load_adapter, parameters, velocity
+from reference.rows import Rows, micro_batches
 
 K, B = 3, 7
 LOSS = LossConfig(beta=0.5)

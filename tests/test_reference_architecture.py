@@ -53,6 +53,7 @@ ORDER = (
     "live",
     "report",
     "estimate",
+    "rows",
     "balance",
     "progress",
     "evaluate",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reference import checkpoint, sd3
 from reference.__main__ import main, train_arguments
-from reference.balance import Rows, Step, init_balance, step_gradient
+from reference.balance import Step, init_balance, step_gradient
 from reference.base import Base
 from reference.batch import Rollout, advantages, step_rows
 from reference.config import Config, ModelConfig, SolveConfig, rule_of
@@ -38,6 +38,7 @@ from reference.policy import (
     weights_of,
 )
 from reference.presets import preset
+from reference.rows import Rows
 from reference.scoring import Scores, plain_prompts
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reference import checkpoint
-from reference.balance import Step, all_rows, init_balance, signal_weights
+from reference.balance import Step, init_balance, signal_weights
 from reference.base import Base
 from reference.batch import advantages, sample_epoch, step_rows
 from reference.config import Config, SolveConfig, rule_of, training_times
@@ -21,6 +21,7 @@ from reference.model import load_model
 from reference.policy import Policy, load_adapter
 from reference.progress import Progress, gains_of
 from reference.prompts import Pool, all_prompts, pool_of
+from reference.rows import all_rows
 from reference.scorer import Scorer
 from reference.train import prepare
 
