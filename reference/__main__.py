@@ -51,7 +51,8 @@ def train_command(argv: Sequence[str]) -> None:
     """``train``, or its plan."""
     arguments = train_arguments(argv)
     validate(arguments.settings)
-    from reference.train import prepare, train
+    from reference.inputs import prepare
+    from reference.train import train
 
     if arguments.dry_run:
         from reference.plan import plan

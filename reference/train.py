@@ -6,7 +6,7 @@ import math
 import random
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from reference import checkpoint
 from reference.balance import Step, applied_coefficients, init_balance, is_finite, step_gradient
 from reference.base import Base
 from reference.batch import advantages, images_of_steps, sample_epoch, step_rows, whole_step
-from reference.config import SOLVERS, Config, Rule, rule_of
+from reference.config import Config, Rule, rule_of
 from reference.devices import tf32
 from reference.distributed import (
     World,
@@ -40,44 +40,20 @@ from reference.distributed import (
 )
 from reference.errors import Interrupted, PeerError, RewardError, TrainingError
 from reference.evaluate import evaluate, first_images, generator, interval, prompt_means, within_std
+from reference.inputs import Inputs, prepare
 from reference.live import Live, save_grid
 from reference.model import load_model
 from reference.policy import Policy, adapter_state, load_adapter, parameters
 from reference.progress import Progress, gains_of, init_progress, update_progress
-from reference.prompt_files import Prompt
-from reference.prompts import Pool, all_prompts, held_out_prompts, training_pool
+from reference.prompts import all_prompts
 from reference.report import write_report
 from reference.rows import Rows, Whole
-from reference.scorer import Scorer, scorer_of
-from reference.scoring import Scores, load_callable
+from reference.scoring import Scores
 from reference.state import State, open_run, restore_state, save_state
 from reference.validation import validate
 
 _MAX_SKIPPED = 10  # steps in a row without a finite gradient
-_FIRST_EPOCHS = 10  # at most so many make up the baseline that gains are measured from
-
-
-class Inputs(NamedTuple):
-    """Rewards trained and evaluated, and prompts for either: all that a user may have named wrongly."""
-
-    trained: Scorer
-    watched: Scorer
-    pool: Pool
-    held_out: list[Prompt]
-
-
-def prepare(config: Config) -> Inputs:
-    """Load rewards and prompts.
-
-    Raises:
-        ConfigError: one of them cannot be used.
-    """
-    if rule_of(config).solver not in SOLVERS:
-        load_callable(config.balance, "balance")
-    pool, held_out = training_pool(config), held_out_prompts(config)
-    trained = scorer_of(config, config.rewards)
-    watched = scorer_of(config, tuple(dict.fromkeys(config.rewards + config.log.watch)), trained.rewards)
-    return Inputs(trained, watched, pool, held_out)
+_FIRST_EPOCHS = 10  # at most so many tell the spread of rewards at the start, the unit of gains
 
 
 def train(config: Config, *, resume: bool = False) -> Path:

@@ -60,6 +60,7 @@ ORDER = (
     "batch",
     "state",
     "plan",
+    "inputs",
     "train",
     "generate",
     "experiments.records",

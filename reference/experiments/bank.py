@@ -17,13 +17,13 @@ from reference.base import Base
 from reference.batch import advantages, sample_epoch, step_rows
 from reference.config import Config, SolveConfig, rule_of, training_times
 from reference.errors import ConfigError
+from reference.inputs import prepare
 from reference.model import load_model
 from reference.policy import Policy, load_adapter
 from reference.progress import Progress, gains_of
 from reference.prompts import Pool, all_prompts, pool_of
 from reference.rows import all_rows
 from reference.scorer import Scorer
-from reference.train import prepare
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Indices = np.ndarray[Any, np.dtype[np.int64]]

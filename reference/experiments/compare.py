@@ -13,8 +13,8 @@ from pathlib import Path
 from reference.config import Config
 from reference.errors import ConfigError, TrainingError
 from reference.experiments.comparison import finished, judged_by, write_tables
+from reference.inputs import prepare
 from reference.toml import from_toml, to_toml
-from reference.train import prepare
 from reference.validation import validate
 
 

@@ -1,0 +1,34 @@
+"""What a run is given: rewards and prompts by their names in the configuration."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from reference.config import SOLVERS, Config, rule_of
+from reference.prompt_files import Prompt
+from reference.prompts import Pool, held_out_prompts, training_pool
+from reference.scorer import Scorer, scorer_of
+from reference.scoring import load_callable
+
+
+class Inputs(NamedTuple):
+    """Rewards trained and evaluated, and prompts for either: all that a user may have named wrongly."""
+
+    trained: Scorer
+    watched: Scorer
+    pool: Pool
+    held_out: list[Prompt]
+
+
+def prepare(config: Config) -> Inputs:
+    """Load rewards and prompts.
+
+    Raises:
+        ConfigError: one of them cannot be used.
+    """
+    if rule_of(config).solver not in SOLVERS:
+        load_callable(config.balance, "balance")
+    pool, held_out = training_pool(config), held_out_prompts(config)
+    trained = scorer_of(config, config.rewards)
+    watched = scorer_of(config, tuple(dict.fromkeys(config.rewards + config.log.watch)), trained.rewards)
+    return Inputs(trained, watched, pool, held_out)
