@@ -8,7 +8,7 @@ from torch import Tensor
 from marble_core._check import describe, require, require_float, require_prior, require_range
 
 
-def soft_min_weights(gain: Tensor, prior: Tensor, strength: float) -> Tensor:
+def soft_min_weights(gain: Tensor, prior: Tensor, strength: float, *, keep: float = 0.0) -> Tensor:
     """Weights of the K gradients whose sum is the gradient of the soft minimum of the gains.
 
     With ``F = -1/strength log sum_k prior_k exp(-strength gain_k)`` and ``grad gain_k = g_k``, the gradient of F is
@@ -17,22 +17,29 @@ def soft_min_weights(gain: Tensor, prior: Tensor, strength: float) -> Tensor:
     along ``sum_k w_k g_k`` raises the rewards that lag. The weights depend on what was measured before the batch, so
     that ``E[sum_k w_k g_k]`` is exactly that gradient however noisy the ``g_k`` are.
 
+    With ``keep`` it is the gradient of ``keep mean + (1 - keep) F``, the prior's mean of the gains and their soft
+    minimum: no weight falls below ``keep prior_k``, and none rises above that plus ``1 - keep``, whatever the gains.
+
     Args:
         gain: ``[..., K]``, how far each reward has come, in units that can be compared (standard deviations). NaN
             where it is not known: that reward counts as the prior's mean of the known ones.
         prior: ``[..., K]`` or ``[K]``, non-negative; need not sum to 1.
         strength: at least 0, in units of 1 / gain. A reward that is ``1/strength`` ahead of another has 1/e of its
             share.
+        keep: in [0, 1], the share of the weights that stays the prior's.
 
     Returns:
         ``[..., K]`` on the simplex, in the dtype of ``gain``. All NaN for an item whose prior is all 0.
 
     Raises:
-        ValueError: ``prior`` has another K or negative entries, or ``strength`` is negative or not finite.
+        ValueError: ``prior`` has another K or negative entries, ``strength`` is negative or not finite, or
+            ``keep`` is not in [0, 1].
 
     Example:
         >>> soft_min_weights(torch.tensor([0.0, 0.5]), torch.tensor([0.5, 0.5]), 2.0)
         tensor([0.7311, 0.2689])
+        >>> soft_min_weights(torch.tensor([0.0, 0.5]), torch.tensor([0.5, 0.5]), 2.0, keep=0.5)
+        tensor([0.6155, 0.3845])
 
     Reference: tilted empirical risk (Li et al., ICLR 2021), smooth Tchebycheff scalarization (Lin et al., ICML 2024);
     docs/design/0003-noise.md.
@@ -40,12 +47,14 @@ def soft_min_weights(gain: Tensor, prior: Tensor, strength: float) -> Tensor:
     require_float("gain", gain, "[..., K]", range(1, 65))
     require_prior(prior, gain.shape[-1])
     require_range("strength", strength, 0.0, 1e9)
+    require_range("keep", keep, 0.0, 1.0)
     g, p = gain.detach().double(), prior.detach().double()
     known = ~g.isnan()
     mass = (p * known).sum(-1, keepdim=True)
     mean = torch.where(known, p * g, 0.0).sum(-1, keepdim=True) / torch.where(mass > 0, mass, 1.0)
     g = torch.where(known, g, mean)
-    return torch.softmax(p.log() - strength * g, dim=-1).to(gain.dtype)
+    tilted = torch.softmax(p.log() - strength * g, dim=-1)
+    return (keep * p / p.sum(-1, keepdim=True) + (1.0 - keep) * tilted).to(gain.dtype)
 
 
 def shrink_to_prior(weights: Tensor, prior: Tensor, signal: Tensor, standard_error: Tensor) -> Tensor:

@@ -21,9 +21,12 @@ def vectors(elements: st.SearchStrategy[float]) -> st.SearchStrategy[torch.Tenso
 PRIORS = vectors(st.sampled_from([0.0, 1e-8, 0.25, 1.0, 1e8])).filter(lambda p: float(p.sum()) > 0)
 
 
-@given(vectors(st.one_of(FLOATS, st.just(math.nan))), PRIORS, st.floats(0, 1e3))
-def test_soft_min_weights_are_on_the_simplex(gain: torch.Tensor, prior: torch.Tensor, strength: float) -> None:
-    w = soft_min_weights(gain, prior, strength)
+@given(vectors(st.one_of(FLOATS, st.just(math.nan))), PRIORS, st.floats(0, 1e3), st.floats(0, 1))
+def test_soft_min_weights_are_on_the_simplex(
+    gain: torch.Tensor, prior: torch.Tensor, strength: float, keep: float
+) -> None:
+    w = soft_min_weights(gain, prior, strength, keep=keep)
+    assert bool((w >= keep * prior / prior.sum() - 1e-12).all())
     assert bool((w >= 0).all())
     assert abs(float(w.sum()) - 1) < 1e-12
     assert bool((w[prior == 0] == 0).all())

@@ -68,7 +68,7 @@ class Compare:
     """Names as of --balance, or label=file.toml with any values of a configuration; the first is compared to all."""
     seeds: int = 5
     """Runs of each rule."""
-    epochs: int = 40
+    epochs: int = 60
     """Epochs of each run."""
     prompts_per_epoch: int = 12
     """Prompts of an epoch."""

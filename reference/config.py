@@ -137,6 +137,8 @@ class SolveConfig:
     """Weights of the rewards' advantages before any balancing; 1/K each if empty."""
     softmin: float | None = None
     """Strength with which the prior favours rewards that have gained less so far; 0 for a constant prior."""
+    keep: float | None = None
+    """Share of the weights that softmin leaves as the prior has them."""
     rows: Literal["shared", "k_pass"] = "shared"
     """All K gradients from one shared backward pass, or from K passes."""
     uniform_tail: int = 0
@@ -155,8 +157,8 @@ class OptimConfig:
     """AdamW's weight decay."""
     eps: float = 1e-8
     """AdamW's epsilon."""
-    clip: float = 1.0
-    """Gradients are scaled down to this norm."""
+    clip: float = 0.05
+    """Gradients are scaled down to this norm; those of the small world are about 0.04 long (the paper: 1)."""
     steps_per_epoch: int = 2
     """Optimiser steps an epoch, each on its share of the images."""
     micro_batch: int = 54
@@ -264,6 +266,7 @@ class Rule:
     step: Literal["batch", "moments"]
     prior: tuple[float, ...]
     softmin: float
+    keep: float
     gradients: Literal["signal", "full"]
     normalize: bool
     refresh_every: int
@@ -284,6 +287,7 @@ _MIN_NORM = Rule(
     step="batch",
     prior=(),
     softmin=0.0,
+    keep=0.0,
     gradients="signal",
     normalize=True,
     refresh_every=10,
@@ -293,7 +297,7 @@ _MIN_NORM = Rule(
     rows="shared",
 )
 _RULES = {
-    "marble": dataclasses.replace(_MIN_NORM, solver="prior", softmin=2.0),
+    "marble": dataclasses.replace(_MIN_NORM, solver="prior", softmin=4.0, keep=0.5),
     "marble-paper": dataclasses.replace(_MIN_NORM, gradients="full", guard=0.0, amortize="paper"),
     "min-norm": _MIN_NORM,
     "weighted-sum": dataclasses.replace(_MIN_NORM, kind="weighted-sum"),

@@ -247,7 +247,7 @@ def _prior(progress: Progress, rule: Rule) -> Tensor:
     """Weights of the advantages before balancing ``[K]``: the user's, tilted towards rewards that lag."""
     gains = gains_of(progress)
     prior = torch.tensor(rule.prior or [1.0] * len(gains), dtype=torch.float64)
-    return soft_min_weights(gains, prior, rule.softmin)
+    return soft_min_weights(gains, prior, rule.softmin, keep=rule.keep)
 
 
 def _inverse_metric(optimizer: torch.optim.Optimizer, policy: Policy) -> dict[str, Tensor] | None:

@@ -92,7 +92,7 @@ def _check_ranges(config: Config, rule: Rule) -> None:
     }  # fmt: skip
     for name, value in positive.items():
         _check(value > 0, f"{name} to be positive", value)
-    for name, value in {"solve.rho": rule.rho, "optim.ema_cap": optim.ema_cap}.items():
+    for name, value in {"solve.rho": rule.rho, "solve.keep": rule.keep, "optim.ema_cap": optim.ema_cap}.items():
         _check(0 <= value <= 1, f"{name} to be in [0, 1]", value)
     for name, value in {"solve.guard": rule.guard, "solve.decay": rule.decay}.items():
         _check(0 <= value < 1, f"{name} to be in [0, 1)", value)
@@ -124,7 +124,8 @@ def _check_rule(config: Config, rule: Rule) -> None:
         unused = ("gram", "decay", "accumulate", "shrink", "metric", "step")
         _check_unused(config, unused, "solver prior, which looks at no gradient")
     if rule.kind == "solve" and rule.solver not in ("cone", "prior") and not rule.shrink:
-        _check_unused(config, ("prior", "softmin"), f"solver {rule.solver} without solve.shrink, which has no prior")
+        without = f"solver {rule.solver} without solve.shrink, which has no prior"
+        _check_unused(config, ("prior", "softmin", "keep"), without)
     full = rule.gradients == "full"
     _check(not full or (rule.gram in ("batch", "moments") and not rule.shrink), "solve.gradients signal with "
            "solve.shrink or a cross-Gram: the shared part is in both of its sides", "full")  # fmt: skip

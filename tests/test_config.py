@@ -356,6 +356,7 @@ def test_what_must_be_positive(key: str, value: float) -> None:
         ("solve.accumulate", 11, "solve.accumulate to be from 1 to solve.refresh_every = 10"),
         ("solve.softmin", -1.0, "solve.softmin to be finite and at least 0"),
         ("solve.softmin", float("inf"), "solve.softmin to be finite and at least 0"),
+        ("solve.keep", 1.5, "solve.keep to be in"),
         ("solve.prior", (1.0,), "solve.prior to be empty or 5 numbers, one a reward"),
         ("solve.prior", (1.0, 1.0, 1.0, 1.0, -1.0), "solve.prior to be finite, at least 0, and not all 0"),
         ("solve.prior", (0.0,) * 5, "solve.prior to be finite, at least 0, and not all 0"),
@@ -458,7 +459,7 @@ def test_a_file_of_prompts_does_not_depend_on_the_pool() -> None:
     [
         *[("gradients", "full"), ("normalize", True), ("rho", 0.7), ("guard", 0.5), ("amortize", "paper")],
         *[("solver", "cone"), ("gram", "halves"), ("decay", 0.5), ("accumulate", 2), ("shrink", True)],
-        *[("metric", "adam"), ("step", "moments"), ("prior", (1.0,) * 5), ("softmin", 1.0)],
+        *[("metric", "adam"), ("step", "moments"), ("prior", (1.0,) * 5), ("softmin", 1.0), ("keep", 0.5)],
     ],
 )
 def test_a_rule_that_does_not_solve_takes_no_switch_of_solving(balance: str, switch: str, value: object) -> None:

@@ -35,6 +35,18 @@ def test_no_strength_is_the_prior_and_a_great_one_the_worst_reward() -> None:
     assert soft_min_weights(gain, prior, 1e6).tolist() == [0.0, 1.0, 0.0]
 
 
+def test_what_is_kept_is_the_priors() -> None:
+    """The gradient of half the prior's mean and half the soft minimum."""
+    gain = torch.tensor([0.3, -0.2, 1.1], dtype=torch.float64, requires_grad=True)
+    prior = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+    objective = 0.5 * (prior * gain).sum() + 0.5 * soft_minimum(gain, prior, 4.0)
+    (gradient,) = torch.autograd.grad(objective, gain)
+    torch.testing.assert_close(soft_min_weights(gain, 7 * prior, 4.0, keep=0.5), gradient, rtol=1e-12, atol=0)
+    torch.testing.assert_close(soft_min_weights(gain, prior, 4.0, keep=1.0), prior)
+    extreme = soft_min_weights(torch.tensor([-99.0, 0.0, 0.0]).double(), UNIFORM, 9.0, keep=0.5)
+    torch.testing.assert_close(extreme, torch.tensor([4.0, 1.0, 1.0]).double() / 6)
+
+
 def test_unknown_gains_count_as_the_mean_of_the_known() -> None:
     nan = math.nan
     assert soft_min_weights(torch.tensor([nan, nan, nan]).double(), UNIFORM, 3.0).tolist() == UNIFORM.tolist()

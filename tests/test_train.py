@@ -152,14 +152,14 @@ def test_rules_with_a_memory_go_on_bit_exactly(tmp_path: Path, monkeypatch: pyte
 
 
 def test_gains_tilt_the_weights(tmp_path: Path) -> None:
-    soft = config(tmp_path / "run", epochs=5, solve=SolveConfig(softmin=4.0))
+    soft = config(tmp_path / "run", epochs=5, solve=SolveConfig(softmin=4.0, keep=0.25))
     train(soft)
     epochs, steps = records(soft.run, "epoch"), records(soft.run, "step")
     assert all(gain == 0 for gain in epochs[0]["gains"].values())
     assert all(any(abs(gain) > 1e-3 for gain in e["gains"].values()) for e in epochs[1:])
     for epoch, pair in zip(epochs, zip(steps[::2], steps[1::2], strict=True), strict=True):
         gains = torch.tensor([epoch["gains"][k] for k in REWARDS])
-        w = torch.softmax(-4.0 * gains.double(), 0)
+        w = 0.25 / 3 + 0.75 * torch.softmax(-4.0 * gains.double(), 0)
         for step in pair:
             assert list(step["coefficients"].values()) == pytest.approx(w.tolist(), rel=1e-5)
 

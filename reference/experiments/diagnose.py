@@ -172,7 +172,8 @@ def curve(bank: Bank, label: str, config: Config, best: float) -> list[Point]:
     rule = rule_of(dataclasses.replace(config, balance=name, solve=switches))
     K = len(config.rewards)
     gains = bank.gains
-    prior = soft_min_weights(gains, torch.tensor(rule.prior or [1.0] * K, dtype=torch.float64), rule.softmin)
+    prior = torch.tensor(rule.prior or [1.0] * K, dtype=torch.float64)
+    prior = soft_min_weights(gains, prior, rule.softmin, keep=rule.keep)
     sizes = sorted({bank.training // 2**i for i in range(1, 20) if bank.training // 2**i >= 2})
     return [_point(bank, rule, prior, n, K, best) for n in sizes]
 
