@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from marble_core import (
     branch_losses,
@@ -20,11 +21,14 @@ from marble_core import (
     min_norm_weights,
     nft_loss,
 )
+from reference import balance as balance_module
+from reference import rows as rows_module
 from reference.balance import Balance, Step, StepResult, applied_coefficients, init_balance, is_finite, step_gradient
 from reference.config import Config, LossConfig, Rule, SolveConfig, rule_of
+from reference.distributed import World
 from reference.estimate import Tree
 from reference.policy import Policy, active, adapter_state, add_lora, load_adapter, parameters, velocity
-from reference.rows import Rows, micro_batches
+from reference.rows import Rows, Whole, micro_batches
 
 K, B = 3, 7
 LOSS = LossConfig(beta=0.5)
@@ -413,3 +417,44 @@ def test_micro_batches_cover_every_row_once(rows: Rows) -> None:
     for name in set(Rows._fields) - {"embeds", "pooled"}:
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(rows, name))
     assert all(torch.equal(part.embeds, rows.embeds) and torch.equal(part.pooled, rows.pooled) for part in parts)
+
+
+@pytest.mark.parametrize("refresh", [True, False])
+@pytest.mark.parametrize("name", ["marble-paper", "min-norm", "marble", "weighted-sum"])
+def test_shares_of_the_rows_that_are_added_up_make_the_same_step(
+    policy: Policy, rows: Rows, monkeypatch: pytest.MonkeyPatch, name: str, refresh: bool
+) -> None:
+    """What each of three processes, one of them without rows, gives to the all-reduce is added up and given back."""
+    loss, r = dataclasses.replace(LOSS, kl_weight=0.3), rule(name)
+    balance, prior = init_balance(K, r, parameters(policy)), torch.full((K,), 1 / K, dtype=torch.float64)
+    step = Step(refresh, False, False, prior, None, None)
+    alone = step_gradient(policy, rows, balance, r, loss, step, micro_batch=3)
+    per_row = [field for field in Rows._fields if field not in ("embeds", "pooled")]
+    whole = Whole(World(0, 3), int((rows.half == 0).sum()), B)
+    given: list[object] = []
+
+    class Given(Exception):
+        pass
+
+    def give(tree: object, world: World) -> object:
+        given.append(tree)
+        raise Given
+
+    for module in (balance_module, rows_module):
+        monkeypatch.setattr(module, "all_reduce", give)
+    for index in ([0, B - 1], [], list(range(1, B - 1))):
+        own = rows._replace(**{field: getattr(rows, field)[index] for field in per_row})
+        with pytest.raises(Given):
+            step_gradient(policy, own, balance, r, loss, step, micro_batch=3, whole=whole)
+    total = pytree.tree_map(lambda *xs: torch.stack(xs).sum(0), *given)
+    for module in (balance_module, rows_module):
+        monkeypatch.setattr(module, "all_reduce", lambda tree, world: total)
+    result = step_gradient(policy, own, balance, r, loss, step, micro_batch=3, whole=whole)
+    assert_trees(result.gradient, alone.gradient, 1e-9)
+    assert result.metrics == pytest.approx(alone.metrics, rel=1e-9)
+    assert result.balance.applied.tolist() == pytest.approx(alone.balance.applied.tolist(), rel=1e-8)
+    if refresh:
+        assert result.refresh is not None
+        assert alone.refresh is not None
+        for key in ("weights", "coefficients", "norms", "cosines"):
+            assert result.refresh[key] == pytest.approx(alone.refresh[key], rel=1e-8), key
