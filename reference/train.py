@@ -44,7 +44,7 @@ from reference.inputs import Inputs, prepare
 from reference.live import Live, save_grid
 from reference.model import load_model
 from reference.policy import Policy, adapter_state, load_adapter, parameters
-from reference.progress import Progress, gains_of, init_progress, update_progress
+from reference.progress import gains_of, init_progress, update_progress
 from reference.prompts import all_prompts
 from reference.report import write_report
 from reference.rows import Rows, Whole
@@ -160,7 +160,8 @@ def _epoch(
     images = config.rollout.images_per_prompt
     texts = [prompt.text for prompt in rollout.prompts]
     progress = update_progress(state.progress, texts, rollout.scores, images, learning=learning)
-    prior = _prior(progress, rule)
+    gains = gains_of(progress)
+    prior = _prior(gains, rule)
     parts = images_of_steps(len(A), config, state.epoch)
     if rng is not None:
         checkpoint.set_rng_state(rng)
@@ -186,7 +187,7 @@ def _epoch(
     decay = old_policy_decay(state.step, SLOW_DECAY if config.optim.old_decay == "slow" else STANDARD_DECAY)
     load_adapter(policy, "old", ema_tree(parameters(policy, "old"), parameters(policy), decay))
     clock.append(time.monotonic())
-    _log_epoch(state, rollout.scores, progress, config.rewards, clock, time.process_time() - cpu, notes, live)
+    _log_epoch(state, rollout.scores, gains, config.rewards, clock, time.process_time() - cpu, notes, live)
     return state._replace(epoch=state.epoch + 1, part=0, progress=progress)
 
 
@@ -243,9 +244,8 @@ def _step(
     return state._replace(step=state.step + 1, skipped=0 if finite else state.skipped + 1, previous=keep)
 
 
-def _prior(progress: Progress, rule: Rule) -> Tensor:
+def _prior(gains: Tensor, rule: Rule) -> Tensor:
     """Weights of the advantages before balancing ``[K]``: the user's, tilted towards rewards that lag."""
-    gains = gains_of(progress)
     prior = torch.tensor(rule.prior or [1.0] * len(gains), dtype=torch.float64)
     return soft_min_weights(gains, prior, rule.softmin, keep=rule.keep)
 
@@ -276,7 +276,7 @@ def _constant_rewards(A: Tensor, scores: Scores, names: tuple[str, ...]) -> list
 def _log_epoch(
     state: State,
     scores: Scores,
-    progress: Progress,
+    gains: Tensor,
     names: tuple[str, ...],
     clock: list[float],
     cpu: float,
@@ -292,7 +292,7 @@ def _log_epoch(
     seconds = {k: b - a for k, a, b in zip(("sample", "score", "train"), clock, clock[1:], strict=False)}
     record: dict[str, Any] = {"epoch": state.epoch, "step": state.step, "images": len(scores.values)}
     record |= {"seconds": seconds, "cpu_seconds": cpu}
-    record |= {"gains": dict(zip(names, gains_of(progress).tolist(), strict=True))}
+    record |= {"gains": dict(zip(names, gains.tolist(), strict=True))}
     live.log({"kind": "epoch", **record, "rewards": summary, "warnings": notes})
     for note in notes:
         live.say(f"warning, epoch {state.epoch}: {note}")
