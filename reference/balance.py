@@ -129,8 +129,8 @@ def step_gradient(
         return StepResult(gradient, balance, metrics, None)
     fixed = not step.refresh or rule.kind != "solve" or step.uniform
     parts = [
-        all_rows(policy, part, rule, loss, weigh if fixed else None, micro_batch, total, whole.world)
-        for part, total in halves(rows, whole)
+        all_rows(policy, part, rule, loss, weigh if fixed else None, micro_batch, total, whole.world, most)
+        for part, total, most in halves(rows, whole)
     ]
     a, b, last, shared, pull, metrics = joined(all_reduce(parts, whole.world), whole, K)
     own = last if fixed else None

@@ -11,7 +11,7 @@ from torch import Tensor
 from marble_core import group_advantages
 from reference.base import Base
 from reference.config import Config, training_times
-from reference.distributed import ALONE, World, check_peers, share_of
+from reference.distributed import ALONE, World, share_of
 from reference.evaluate import gather_scores, generate_batches, generator, noise_of
 from reference.policy import Policy
 from reference.prompt_files import Prompt
@@ -67,9 +67,17 @@ def sample_epoch(
 
     def drawn() -> Iterator[Tensor]:
         for x0, images in generate_batches(
-            policy, base, texts, noise, adapter="old", sampler=r.sampler, steps=r.steps, batch=r.batch
+            policy,
+            base,
+            texts,
+            noise,
+            adapter="old",
+            sampler=r.sampler,
+            steps=r.steps,
+            batch=r.batch,
+            total=N,
+            world=world,
         ):
-            check_peers(world)
             latents.append(x0.cpu())
             yield images
 
@@ -96,11 +104,13 @@ def images_of_steps(N: int, config: Config, epoch: int) -> list[Tensor]:
     """Indices of the images of each of the epoch's steps, at random, those of even prompts before those of odd ones.
 
     The two halves of a step share no prompt, so that their gradients are independent: advantages within one prompt's
-    group are not, they add up to zero.
+    group are not, they add up to zero. Their sizes are the same in every epoch, so that code is compiled once.
     """
     order = torch.randperm(N, generator=generator(config.seed, "order", epoch))
-    half = group_of(N, config) % 2
-    return [part[half[part].argsort(stable=True)] for part in order.tensor_split(config.optim.steps_per_epoch)]
+    half, steps = group_of(N, config)[order] % 2, config.optim.steps_per_epoch
+    even, odd = order[half == 0].tensor_split(steps), order[half == 1].tensor_split(steps)
+    # what does not divide goes to the first steps of the one and to the last ones of the other
+    return [torch.cat([a, b]) for a, b in zip(even, reversed(odd), strict=True)]
 
 
 def halves_of(index: Tensor, config: Config) -> Tensor:
@@ -115,7 +125,15 @@ def halves_of(index: Tensor, config: Config) -> Tensor:
 def whole_step(index: Tensor, config: Config, world: World) -> Whole:
     """What a step of these images is over all processes."""
     half = halves_of(index, config)
-    return Whole(world, int((half == 0).sum()), len(half))
+    most = (0, 0, 0)
+    if config.model.shard:
+        N, J = config.rollout.prompts_per_epoch * config.rollout.images_per_prompt, len(half) // len(index)
+        shares = [share_of(N, World(rank, world.size)) for rank in range(world.size)]
+        image = index.repeat_interleave(J)
+        owned = torch.stack([(image >= share.start) & (image < share.stop) for share in shares])
+        counts = [owned[:, half == 0], owned[:, half == 1], owned]
+        most = tuple(int(count.sum(1).max()) for count in counts)
+    return Whole(world, int((half == 0).sum()), len(half), most)
 
 
 def step_rows(

@@ -35,6 +35,9 @@ class ModelConfig:
     """bf16: the frozen base in bfloat16 and autocast around the model; the adapter and all losses stay float32."""
     gradient_checkpointing: bool = False
     """Compute the blocks' activations again on the way back: less memory, about a third more time a step."""
+    shard: bool = False
+    """Each of several processes keeps a share of the frozen base and gathers a block when it runs (FSDP2): less memory,
+    more communication. Alone, nothing changes."""
     resolution: int = 512
     """Side of the images in pixels; the small world has its own."""
     t5_tokens: int = 256

@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from reference.base import Base
-from reference.distributed import ALONE, World, check_peers, gather_rows, share_of
+from reference.distributed import ALONE, World, check_peers, gather_rows, meet, share_of
 from reference.policy import Adapter, Policy, merged, velocity, weights_of
 from reference.prompt_files import Prompt
 from reference.rollout import Sampler, sample
@@ -97,19 +97,35 @@ def generate_batches(
     sampler: Sampler,
     steps: int,
     batch: int,
+    total: int | None = None,
+    world: World = ALONE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The latents and images of ``generate``, a batch at a time, as they are made."""
+    """The latents and images of ``generate``, a batch at a time, as they are made.
+
+    Args:
+        total: how many images all processes make, if these prompts are one process's share of them. Where they share the
+            base, the one with fewer batches makes some again, for the others.
+        world: the processes.
+
+    Raises:
+        PeerError: another process has failed.
+    """
     table = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
     embeds, pooled = base.encode(list(table))
     place = torch.tensor([table[prompt] for prompt in prompts], device=embeds.device)
-    for start in range(0, len(prompts), batch):
-        part = place[start : start + batch]
+    most = -(-(total or 0) // world.size) if policy.sharded else 0
+    for start in range(0, max(len(prompts), most), batch):
+        meet(world) if policy.sharded else check_peers(world)
+        needed = start < len(prompts)
+        here = slice(start, start + batch) if needed else slice(batch)
+        part = place[here]
         condition = (embeds[part], pooled[part])
         flow = lambda x, t, condition=condition: velocity(policy, x, t, condition)  # noqa: E731
         with torch.no_grad(), merged(policy, adapter):
-            x = noise[start : start + batch].to(base.device)
+            x = noise[here].to(base.device)
             x0 = sample(flow, x, base.scheduler, sampler=sampler, steps=steps)
-        yield x0, base.decode(x0)
+        if needed:
+            yield x0, base.decode(x0)
 
 
 def evaluate(
@@ -142,9 +158,17 @@ def evaluate(
 
     def drawn() -> Iterator[Tensor]:
         for _, made in generate_batches(
-            policy, base, texts, noise, adapter="default", sampler=sampler, steps=steps, batch=batch
+            policy,
+            base,
+            texts,
+            noise,
+            adapter="default",
+            sampler=sampler,
+            steps=steps,
+            batch=batch,
+            total=total,
+            world=world,
         ):
-            check_peers(world)
             pictures.append(made.cpu())
             yield made
 

@@ -9,10 +9,12 @@ import torch
 from reference.base import Base, load_base
 from reference.config import Config, is_world
 from reference.devices import device_of
+from reference.distributed import ALONE, World, first_on_machine
 from reference.policy import Policy, add_lora, compile_blocks
+from reference.sharding import shard_base
 
 
-def load_model(config: Config, prompts: Sequence[str]) -> tuple[Base, Policy]:
+def load_model(config: Config, prompts: Sequence[str], world: World = ALONE) -> tuple[Base, Policy]:
     """Load the base model and add adapters, which have no effect yet.
 
     The adapters' first weights are drawn on the CPU, so that they do not depend on the device.
@@ -20,17 +22,20 @@ def load_model(config: Config, prompts: Sequence[str]) -> tuple[Base, Policy]:
     Args:
         config: of the run.
         prompts: all that will be encoded.
+        world: the processes that load it; each has its own, or with ``model.shard`` a share of the frozen tensors.
 
     Raises:
         ConfigError: the device or the model cannot be used, and what to do.
+        PeerError: another process has failed.
     """
     m, device = config.model, device_of(config.device)
-    if is_world(m.base):
-        base = load_base(m.base, device)
-    else:
-        from reference.sd3 import load_sd3  # seconds of imports, which the small world does without
+    with first_on_machine(world):
+        if is_world(m.base):
+            base = load_base(m.base, device)
+        else:
+            from reference.sd3 import load_sd3  # seconds of imports, which the small world does without
 
-        base = load_sd3(m, prompts, device)
+            base = load_sd3(m, prompts, device)
     dtype = torch.bfloat16 if m.precision == "bf16" else None
     if dtype is not None:
         base.transformer.to(dtype)
@@ -39,6 +44,8 @@ def load_model(config: Config, prompts: Sequence[str]) -> tuple[Base, Policy]:
     policy = add_lora(
         base.transformer, rank=m.lora_rank, alpha=m.lora_alpha, targets=m.lora_targets, seed=config.seed, autocast=dtype
     )
+    if m.shard:
+        policy = shard_base(policy, world)
     policy.model.to(device)
     if m.compile:
         compile_blocks(policy)

@@ -27,12 +27,14 @@ class Policy:
         names: the trained parameters of ``default``, as ``model.named_parameters`` has them.
         autocast: dtype in which the model computes, whatever its weights are in; None for that of the weights.
         scale: alpha / r, by which the product of the adapters' matrices is multiplied.
+        sharded: whether the frozen base is spread over processes, which must then run the same number of passes.
     """
 
     model: PeftModel
     names: tuple[str, ...]
     autocast: torch.dtype | None = None
     scale: float = 1.0
+    sharded: bool = False
 
 
 def target_layers(transformer: SD3Transformer2DModel, targets: Literal["linear", "attention"]) -> list[str]:
@@ -126,12 +128,13 @@ def active(policy: Policy, adapter: Adapter) -> Iterator[None]:
 def merged(policy: Policy, adapter: Adapter) -> Iterator[None]:
     """Like ``active``, faster, for passes without a gradient: the adapter is added to the weights meanwhile.
 
-    Equal to rounding, so only where the weights are float32 or wider; otherwise it is ``active``. The weights' own
-    tensors are put back afterwards, untouched.
+    Equal to rounding, so only where the weights are whole and float32 or wider; otherwise it is ``active``. The weights'
+    own tensors are put back afterwards, untouched.
     """
     layers = [module for module in policy.model.modules() if isinstance(module, LoraLayer)]
     weights = [layer.get_base_layer().weight for layer in layers]
-    if adapter == "base" or any(w.dtype not in (torch.float32, torch.float64) for w in weights):
+    wide = all(w.dtype in (torch.float32, torch.float64) for w in weights)
+    if adapter == "base" or policy.sharded or not wide:
         with active(policy, adapter):
             yield
         return

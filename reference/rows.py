@@ -10,7 +10,7 @@ from torch import Tensor
 
 from marble_core import affine_terms, branch_losses, interpolation, shared_cotangent_rows
 from reference.config import LossConfig, Rule
-from reference.distributed import ALONE, World, all_reduce, check_peers
+from reference.distributed import ALONE, World, all_reduce, check_peers, meet
 from reference.estimate import Tree
 from reference.policy import Policy, active, merged, parameters, velocity
 
@@ -52,11 +52,14 @@ class Whole(NamedTuple):
         world: the processes.
         first: rows of the step's first half.
         total: rows of the step.
+        most: where processes share the base, the most rows that any of them has in the first half, in the second, and in
+            both: so many they all run.
     """
 
     world: World
     first: int
     total: int
+    most: tuple[int, int, int] = (0, 0, 0)
 
 
 class Part(NamedTuple):
@@ -81,11 +84,25 @@ def part_of(rows: Rows, part: slice) -> Rows:
     return rows._replace(**{name: getattr(rows, name)[part] for name in own})
 
 
-def micro_batches(rows: Rows, size: int, world: World = ALONE) -> Iterator[Rows]:
-    """The rows, ``size`` at a time, where the model is; not to the end if another process has failed meanwhile."""
-    for start in range(0, rows.x0.shape[0], size):
-        check_peers(world)
-        yield Rows(*(x.to(rows.embeds.device) for x in part_of(rows, slice(start, start + size))))
+def micro_batches(rows: Rows, size: int, world: World = ALONE, most: int = 0) -> Iterator[tuple[Rows, bool]]:
+    """The rows, ``size`` at a time, where the model is; not to the end if another process has failed meanwhile.
+
+    Yields:
+        ``(rows, True)``, and then, for the sake of processes with ``most`` rows, ``(rows, False)``: to be computed, for
+        the others wait in every pass, and thrown away.
+    """
+    B = rows.x0.shape[0]
+    for start in range(0, max(B, most), size):
+        meet(world) if most else check_peers(world)
+        part = part_of(rows, slice(start, start + size)) if start < B else _idle(rows, size)
+        yield Rows(*(x.to(rows.embeds.device) for x in part)), start < B
+
+
+def _idle(rows: Rows, size: int) -> Rows:
+    """Rows of nothing, of the shape of a micro-batch."""
+    own = [name for name in Rows._fields if name not in ("embeds", "pooled")]
+    blank = {name: (x := getattr(rows, name)).new_zeros(size, *x.shape[1:]) for name in own}
+    return rows._replace(**blank | {"t": torch.full_like(blank["t"], 0.5)})
 
 
 def one_gradient(
@@ -103,10 +120,12 @@ def one_gradient(
     """
     B, trained = whole.total, parameters(policy)
     total, sums = _zeros(trained), _no_sums(rows)
-    for part in micro_batches(rows, micro_batch, whole.world):
+    for part, counts in micro_batches(rows, micro_batch, whole.world, whole.most[2]):
         prox, signal, kl, log = _terms(policy, part, loss)
         objective = (prox_scale * prox + weigh(part.A, part.A_sum) * signal + loss.kl_weight * kl).sum() / B
         found = torch.autograd.grad(objective, list(trained.values()))
+        if not counts:
+            continue
         for x, g in zip(total.values(), found, strict=True):
             x += g
         _add(sums, log | {"loss": objective.detach() * B})
@@ -114,12 +133,17 @@ def one_gradient(
     return total, {name: float(x) / B for name, x in sums.items()}
 
 
-def halves(rows: Rows, whole: Whole) -> list[tuple[Rows, int]]:
-    """This process's rows of either half, and how many all processes have; undivided where one half is empty."""
+def halves(rows: Rows, whole: Whole) -> list[tuple[Rows, int, int]]:
+    """This process's rows of either half, how many all processes have, and the most that one has; undivided where one half
+    is empty."""
     if whole.first in (0, whole.total):  # a single image: nothing to compare it with
-        return [(rows, whole.total)]
+        return [(rows, whole.total, whole.most[2])]
     own, end = int((rows.half == 0).sum()), rows.x0.shape[0]
-    return [(part_of(rows, slice(own)), whole.first), (part_of(rows, slice(own, end)), whole.total - whole.first)]
+    first, second, _ = whole.most
+    return [
+        (part_of(rows, slice(own)), whole.first, first),
+        (part_of(rows, slice(own, end)), whole.total - whole.first, second),
+    ]
 
 
 def joined(parts: list[Part], whole: Whole, K: int) -> tuple[Tree, Tree, Tree, Tree, Tree, dict[str, float]]:
@@ -152,6 +176,7 @@ def all_rows(
     micro_batch: int,
     total: int | None = None,
     world: World = ALONE,
+    most: int = 0,
 ) -> Part:
     """All K gradients of the reward part (with one more for ``weigh``), and those of the shared part and of the pull to
     the base, over the rows. A rule that balances full gradients scales the shared part, and never the pull: only then
@@ -160,6 +185,7 @@ def all_rows(
     Args:
         total: the number of rows over which means are taken, where other processes have some of them.
         world: these processes; what they have is not added here.
+        most: rows that each of them computes where they share the base, its own ones or none's.
     """
     B, K, trained = total or rows.x0.shape[0], rows.A.shape[1], parameters(policy)
     h: Tree = {}
@@ -167,24 +193,27 @@ def all_rows(
     apart = rule.gradients == "full" and loss.kl_weight > 0
     pull = _zeros(trained) if apart else {}
     sums = _no_sums(rows)
-    for part in micro_batches(rows, micro_batch, world):
+    for part, counts in micro_batches(rows, micro_batch, world, most):
         columns = interpolation(part.A, a_max=loss.a_max) - 0.5
         if weigh is not None:
             columns = torch.cat([columns, weigh(part.A, part.A_sum).unsqueeze(-1)], dim=-1)
         log: dict[str, Tensor] = {}
 
-        def forward(part: Rows = part, log: dict[str, Tensor] = log) -> tuple[Tensor, Tensor]:
+        def forward(part: Rows = part, log: dict[str, Tensor] = log, counts: bool = counts) -> tuple[Tensor, Tensor]:
             prox, signal, kl, seen = _terms(policy, part, loss)
             log.update(seen)
             kl = loss.kl_weight * kl.sum() / B
             if not apart:
                 return signal, prox.sum() / B + kl
             found = torch.autograd.grad(kl, list(trained.values()), retain_graph=True)
-            _add(pull, dict(zip(trained, found, strict=True)))
+            if counts:
+                _add(pull, dict(zip(trained, found, strict=True)))
             return signal, prox.sum() / B
 
         fallback = "all" if rule.rows == "k_pass" else "error"
         result = shared_cotangent_rows(forward, policy.model, columns / B, fallback=fallback)  # type: ignore[arg-type]
+        if not counts:
+            continue
         _add(h, result.rows)
         _add(shared, result.shared)
         assert result.shared_loss is not None

@@ -151,7 +151,7 @@ def _essentials(config: Config) -> Config:
         epochs=0,
         threads=0,
         device="",
-        model=dataclasses.replace(config.model, cache=Path(), compile=False, gradient_checkpointing=False),
+        model=dataclasses.replace(config.model, cache=Path(), compile=False, gradient_checkpointing=False, shard=False),
         rollout=dataclasses.replace(config.rollout, batch=0),
         scoring=ScoringConfig(),
         optim=dataclasses.replace(config.optim, micro_batch=0),

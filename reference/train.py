@@ -79,7 +79,7 @@ def _train(config: Config, resume: bool, world: World) -> Path:
         torch.set_num_threads(config.threads)
     with first_on_machine(world):
         inputs = prepare(config)
-        base, policy = load_model(config, [p.text for p in [*all_prompts(inputs.pool), *inputs.held_out]])
+    base, policy = load_model(config, [p.text for p in [*all_prompts(inputs.pool), *inputs.held_out]], world)
     images = config.rollout.prompts_per_epoch * config.rollout.images_per_prompt
     seen = len(inputs.held_out) * config.log.eval_images
     require_enough({"images of an epoch": images, "images of an evaluation": seen}, world)

@@ -1,0 +1,38 @@
+"""The frozen base spread over processes, for cards that do not hold it: PyTorch's FSDP2."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from reference.distributed import World
+from reference.errors import ConfigError
+from reference.policy import Policy
+
+
+def shard_base(policy: Policy, world: World) -> Policy:
+    """Give each process a share of every frozen tensor, in place; a block is whole only while it runs.
+
+    Adapters stay whole on every process, so gradients, Gram matrices, optimiser and checkpoints are what they are without.
+    Every forward pass and every backward pass of the result waits for all processes: all must run the same number of them.
+
+    Args:
+        policy: on the CPU, or anywhere; the shares move to this process's device block by block.
+        world: the processes; alone, nothing happens.
+
+    Raises:
+        ConfigError: this PyTorch cannot leave adapters out.
+    """
+    if world.size == 1:
+        return policy
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise ConfigError("model.shard: this PyTorch cannot shard the base without the adapters; use PyTorch 2.8 or later.")
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    adapters = {p for name, p in policy.model.named_parameters() if ".lora_" in name}
+    transformer = policy.model.get_base_model()
+    for module in (*transformer.transformer_blocks, transformer):
+        fully_shard(module, mesh=mesh, ignored_params=adapters)
+    return dataclasses.replace(policy, sharded=True)
