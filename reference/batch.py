@@ -131,8 +131,8 @@ def whole_step(index: Tensor, config: Config, world: World) -> Whole:
         shares = [share_of(N, World(rank, world.size)) for rank in range(world.size)]
         image = index.repeat_interleave(J)
         owned = torch.stack([(image >= share.start) & (image < share.stop) for share in shares])
-        counts = [owned[:, half == 0], owned[:, half == 1], owned]
-        most = tuple(int(count.sum(1).max()) for count in counts)
+        first, second, both = (int(x.sum(1).max()) for x in (owned[:, half == 0], owned[:, half == 1], owned))
+        most = first, second, both
     return Whole(world, int((half == 0).sum()), len(half), most)
 
 

@@ -103,8 +103,8 @@ def generate_batches(
     """The latents and images of ``generate``, a batch at a time, as they are made.
 
     Args:
-        total: how many images all processes make, if these prompts are one process's share of them. Where they share the
-            base, the one with fewer batches makes some again, for the others.
+        total: how many images all processes make, if these prompts are one process's share of them. Where they share
+            the base, a process with fewer batches makes its first one again, for the others' sake.
         world: the processes.
 
     Raises:

@@ -128,8 +128,8 @@ def active(policy: Policy, adapter: Adapter) -> Iterator[None]:
 def merged(policy: Policy, adapter: Adapter) -> Iterator[None]:
     """Like ``active``, faster, for passes without a gradient: the adapter is added to the weights meanwhile.
 
-    Equal to rounding, so only where the weights are whole and float32 or wider; otherwise it is ``active``. The weights'
-    own tensors are put back afterwards, untouched.
+    Equal to rounding, so only where the weights are whole and float32 or wider; otherwise it is ``active``. The
+    weights' own tensors are put back afterwards, untouched.
     """
     layers = [module for module in policy.model.modules() if isinstance(module, LoraLayer)]
     weights = [layer.get_base_layer().weight for layer in layers]

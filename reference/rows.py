@@ -52,8 +52,8 @@ class Whole(NamedTuple):
         world: the processes.
         first: rows of the step's first half.
         total: rows of the step.
-        most: where processes share the base, the most rows that any of them has in the first half, in the second, and in
-            both: so many they all run.
+        most: where processes share the base, the most rows that any of them has in the first half, in the second, and
+            in both: so many they all run.
     """
 
     world: World
@@ -134,8 +134,8 @@ def one_gradient(
 
 
 def halves(rows: Rows, whole: Whole) -> list[tuple[Rows, int, int]]:
-    """This process's rows of either half, how many all processes have, and the most that one has; undivided where one half
-    is empty."""
+    """This process's rows of either half, how many all processes have, and the most that one has; undivided where one
+    half is empty."""
     if whole.first in (0, whole.total):  # a single image: nothing to compare it with
         return [(rows, whole.total, whole.most[2])]
     own, end = int((rows.half == 0).sum()), rows.x0.shape[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 
+import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -16,8 +17,8 @@ from reference.policy import Policy
 def shard_base(policy: Policy, world: World) -> Policy:
     """Give each process a share of every frozen tensor, in place; a block is whole only while it runs.
 
-    Adapters stay whole on every process, so gradients, Gram matrices, optimiser and checkpoints are what they are without.
-    Every forward pass and every backward pass of the result waits for all processes: all must run the same number of them.
+    Adapters stay whole everywhere: gradients, Gram matrices, optimiser and checkpoints are what they are without this.
+    Every forward and backward pass waits for all processes, so all must run the same number of them.
 
     Args:
         policy: on the CPU, or anywhere; the shares move to this process's device block by block.
@@ -29,7 +30,9 @@ def shard_base(policy: Policy, world: World) -> Policy:
     if world.size == 1:
         return policy
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        raise ConfigError("model.shard: this PyTorch cannot shard the base without the adapters; use PyTorch 2.8 or later.")
+        raise ConfigError(
+            f"model.shard: PyTorch {torch.__version__} cannot leave the adapters whole. Update it, or do not shard."
+        )
     mesh = init_device_mesh(world.device.type, (world.size,))
     adapters = {p for name, p in policy.model.named_parameters() if ".lora_" in name}
     transformer = policy.model.get_base_model()

@@ -39,6 +39,8 @@ def validate(config: Config) -> None:
     images = rollout.prompts_per_epoch * rollout.images_per_prompt
     _check(images >= optim.steps_per_epoch, f"optim.steps_per_epoch to be at most the {images} images of an epoch",
            optim.steps_per_epoch)  # fmt: skip
+    _check(not (config.model.shard and config.model.compile), "model.compile to be off with model.shard, which would "
+           "compile every block again and again", config.model.compile)  # fmt: skip
     _check_prompts(config)
     _check(len(rule.prior) in (0, len(names)), f"solve.prior to be empty or {len(names)} numbers, one a reward",
            rule.prior)  # fmt: skip

@@ -16,6 +16,7 @@ from reference.config import (
     WORLD_REWARDS,
     Config,
     LossConfig,
+    ModelConfig,
     Preset,
     RolloutConfig,
     SolveConfig,
@@ -466,6 +467,11 @@ def test_a_rule_that_does_not_solve_takes_no_switch_of_solving(balance: str, swi
     config = with_value(f"solve.{switch}", value, Config(balance=balance))
     with pytest.raises(ConfigError, match=rf"no solve\.{switch} with balance {balance}, which solves nothing"):
         validate(config)
+
+
+def test_blocks_are_not_compiled_where_they_are_gathered() -> None:
+    with pytest.raises(ConfigError, match=r"model\.compile to be off with model\.shard"):
+        validate(Config(model=ModelConfig(compile=True, shard=True)))
 
 
 @pytest.mark.parametrize("balance", ["weighted-sum", "uniform"])

@@ -5,28 +5,34 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.tensor import DTensor
 
-from reference import balance, checkpoint, distributed
+from reference import balance, checkpoint, distributed, sharding
 from reference import train as train_module
+from reference.base import Base
 from reference.batch import images_of_steps
 from reference.config import Config, SolveConfig
 from reference.distributed import ALONE, World, check_equal, check_peers, connect, gather_rows, meet, share_of, together
 from reference.errors import ConfigError, Interrupted, PeerError, TrainingError
 from reference.evaluate import first_images, noise_of
+from reference.model import load_model
+from reference.policy import Policy
 from reference.presets import preset
+from reference.sharding import shard_base
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6
@@ -34,23 +40,28 @@ RULES = {
     "marble": {"solve": SolveConfig(refresh_every=2)},
     "marble-paper": {"balance": "marble-paper", "solve": SolveConfig(refresh_every=1)},
     "weighted-sum": {"balance": "weighted-sum", "solve": SolveConfig(refresh_every=2)},
+    "sharded": {"balance": "marble-paper", "solve": SolveConfig(refresh_every=2)},
     "cone": {
         "solve": SolveConfig(solver="cone", gram="moment_halves", decay=0.5, accumulate=2, refresh_every=2, shrink=True)
     },
 }
-COMPARED = ("marble", "marble-paper", "weighted-sum")  # the fourth one has a memory, and is handed on
+COMPARED = ("marble", "marble-paper", "weighted-sum", "sharded")  # the last one has a memory, and is handed on
 
 
 def config(run: Path, rule: str, epochs: int = 2) -> Config:
     """Two epochs of 12 images and three steps. Batches of images are the same for 1, 2 and 3 processes; AdamW's epsilon
     is so large that its steps are smooth in the gradients: rounding would decide the sign of others."""
     tiny = preset("tiny")
+    sharded = rule == "sharded"
+    model = dataclasses.replace(
+        tiny.model, lora_targets="attention", shard=sharded, gradient_checkpointing=sharded
+    )
     return dataclasses.replace(
         tiny,
         run=run,
         epochs=epochs,
         rewards=("objects", "similarity", "colour"),
-        model=dataclasses.replace(tiny.model, lora_targets="attention"),
+        model=model,
         rollout=dataclasses.replace(tiny.rollout, pool=6, prompts_per_epoch=3, steps=2, batch=2),
         loss=dataclasses.replace(tiny.loss, kl_weight=1e-2, timesteps_per_image=1),
         optim=dataclasses.replace(tiny.optim, steps_per_epoch=3, micro_batch=3, lr=2e-3, eps=1e-2),
@@ -62,6 +73,7 @@ def config(run: Path, rule: str, epochs: int = 2) -> Config:
 def run_rules(folder: Path) -> None:
     """Train with every rule, and take up a run that fewer processes have left in the middle of its first epoch."""
     train_module.write_report = lambda run: run / "report.html"  # type: ignore[attr-defined]
+    count_frozen()
     for rule in COMPARED:
         train_module.train(config(folder / rule, rule))
     handed_on, size = folder.parent / "handed-on", int(os.environ.get("WORLD_SIZE", "1"))
@@ -73,6 +85,18 @@ def run_rules(folder: Path) -> None:
             print(f"interrupted: {error}")
     if size == 3:
         train_module.train(config(handed_on, "cone"), resume=True)
+
+
+def count_frozen() -> None:
+    """Print how many of the frozen numbers this process holds, for every model that is loaded."""
+    def spy(config: Config, prompts: Sequence[str], world: World = ALONE) -> tuple[Base, Policy]:
+        base, policy = load_model(config, prompts, world)
+        frozen = [p for p in policy.model.parameters() if not p.requires_grad]
+        held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in frozen)
+        print(f"{config.run.name} holds {held / sum(p.numel() for p in frozen):.3f}")
+        return base, policy
+
+    train_module.load_model = spy  # type: ignore[attr-defined]
 
 
 def interrupt(this: bool) -> None:
@@ -130,6 +154,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rule in RULES:
             train_module.train(config(root / "1" / rule, rule))
     two = launch(2, root / "2")
+    for text in two:  # "old", the second adapter, is frozen too, and whole everywhere
+        share = re.search(r"sharded holds (\S+)", text)
+        assert "marble holds 1.000" in text
+        assert share is not None
+        assert 0.5 < float(share[1]) < 0.7
     assert sum("stopping after this step" in text for text in two) == 1  # only the second one was asked to
     assert all("interrupted: stopped after step 2; go on with --resume" in text for text in two)
     assert final_state(root / "handed-on")["step"] == 2
@@ -191,11 +220,14 @@ def test_a_run_goes_on_with_another_number_of_processes(runs: Path) -> None:
 
 REWARD = """
 import os
+from pathlib import Path
+
 calls = [0]
 
 def own(images, prompts, metadata):
     calls[0] += 1
     if os.environ["RANK"] == "1" and calls[0] > 2:  # an evaluation and an epoch
+        (Path(__file__).parent / "failed").touch()
         raise RuntimeError("no server")
     return images.mean((1, 2, 3))
 """
@@ -213,6 +245,7 @@ def test_one_process_that_fails_stops_all_and_everything_is_saved(tmp_path: Path
         timeout=1200,
     )
     assert done.returncode != 0
+    assert time.time() - (tmp_path / "failed").stat().st_mtime < 60
     lines = done.stderr.splitlines()
     assert "reward 'mine:own' raised RuntimeError: no server" in lines
     assert "process 1 stopped: RewardError: reward 'mine:own' raised RuntimeError: no server" in lines
@@ -315,6 +348,15 @@ def test_noise_is_the_same_for_any_number_of_processes(shape: tuple[int, ...]) -
         random = torch.Generator().manual_seed(0)
         assert torch.equal(noise_of(own, total, shape, random), noise[torch.as_tensor(own, dtype=torch.int64)])
         assert torch.equal(torch.rand(5, generator=random), torch.rand(5, generator=whole.clone_state()))
+
+
+def test_a_base_is_sharded_where_pytorch_can_and_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load_model(config(Path("run"), "sharded"), [])[1]
+    assert not policy.sharded
+    assert shard_base(policy, ALONE) is policy
+    monkeypatch.setattr(sharding, "fully_shard", lambda module, mesh: None)
+    with pytest.raises(ConfigError, match=r"model\.shard: PyTorch \S+ cannot leave the adapters whole"):
+        shard_base(policy, World(0, 2))
 
 
 def test_what_cannot_be_connected_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
