@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from reference import checkpoint
-from reference.config import Config
 from reference.devices import tf32
-from reference.errors import ConfigError
 from reference.evaluate import generate, generator
 from reference.live import save_grid
 from reference.model import load_model
 from reference.policy import Adapter, weights_of
 from reference.prompts import held_out_prompts
-from reference.toml import from_toml
+from reference.state import load_run
 
 
 def generate_grid(
@@ -48,10 +44,7 @@ def generate_grid(
     Raises:
         ConfigError: the run has no checkpoint, or its model or prompts cannot be used.
     """
-    config = dataclasses.replace(from_toml(run / "config.toml", Config()), device=device)
-    state = checkpoint.latest(run / "checkpoints")
-    if state is None:
-        raise ConfigError(f"--run: {run} has no checkpoint yet. Train it, or give another run.")
+    config, state = load_run(run, device)
     texts = list(prompts) or [prompt.text for prompt in held_out_prompts(config)[:count]]
     repeated = [text for text in texts for _ in range(images)]
     base, policy = load_model(config, texts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +58,31 @@ def open_run(config: Config, resume: bool) -> None:
         (run / "metrics.jsonl").touch()
     except OSError as error:
         raise ConfigError(f"run: cannot write to {run}: {error}. Choose another --run.") from error
+
+
+def load_run(run: Path, device: str, models: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
+    """A run's configuration, with another device and more sources of rewards' models, and its newest checkpoint.
+
+    Raises:
+        ConfigError: it is no folder of a run, or has no checkpoint.
+    """
+    if not (run / "config.toml").is_file():
+        raise ConfigError(f"--run: expected the folder of a run, with its config.toml, got {run}.")
+    config = from_toml(run / "config.toml", Config())
+    scoring = dataclasses.replace(config.scoring, models=(*config.scoring.models, *models))
+    return dataclasses.replace(config, device=device, scoring=scoring), newest(run)
+
+
+def newest(run: Path) -> dict[str, Any]:
+    """The newest checkpoint of a run.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    state = checkpoint.latest(run / "checkpoints")
+    if state is None:
+        raise ConfigError(f"--run: {run} has no checkpoint yet. Train it, or give another run.")
+    return state
 
 
 def save_state(

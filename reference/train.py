@@ -53,6 +53,10 @@ from reference.state import State, open_run, restore_state, save_state
 from reference.validation import validate
 
 _MAX_SKIPPED = 10  # steps in a row without a finite gradient
+_NOT_FINITE = (
+    f"the gradient was not finite {_MAX_SKIPPED} steps in a row (last at step {{}}). The weights of the last good step "
+    "are saved; try a lower optim.lr, a lower optim.clip, or look at the rewards."
+)
 _FIRST_EPOCHS = 10  # at most so many tell the spread of rewards at the start, the unit of gains
 
 
@@ -138,6 +142,7 @@ def _epoch(
 ) -> State:
     """One epoch, or what is left of it: its rollout depends on the seed, the epoch and the old policy alone."""
     rule, clock, cpu = rule_of(config), [time.monotonic()], time.process_time()
+    names, images = config.rewards, config.rollout.images_per_prompt
     _seed_everything(config.seed, state.epoch, world)
 
     def sampled() -> None:
@@ -154,11 +159,8 @@ def _epoch(
 
     live.phase(state.epoch, "training")
     A, A_sum = advantages(rollout.scores, config)
-    notes = _constant_rewards(A, rollout.scores, config.rewards)
-    size = len(all_prompts(inputs.pool))
-    learning = state.epoch < min(math.ceil(size / config.rollout.prompts_per_epoch), _FIRST_EPOCHS)
-    images = config.rollout.images_per_prompt
     texts = [prompt.text for prompt in rollout.prompts]
+    learning = state.epoch < _first_epochs(inputs, config)
     progress = update_progress(state.progress, texts, rollout.scores, images, learning=learning)
     gains = gains_of(progress)
     prior = _prior(gains, rule)
@@ -179,16 +181,19 @@ def _epoch(
         state = state._replace(part=state.part + 1)
         if state.skipped >= _MAX_SKIPPED:
             save_state(policy, optimizer, state._replace(skipped=0), config, live)
-            raise TrainingError(
-                f"the gradient was not finite {_MAX_SKIPPED} steps in a row (last at step {state.step}). The weights "
-                "of the last good step are saved; try a lower optim.lr, a lower optim.clip, or look at the rewards."
-            )
+            raise TrainingError(_NOT_FINITE.format(state.step))
 
     decay = old_policy_decay(state.step, SLOW_DECAY if config.optim.old_decay == "slow" else STANDARD_DECAY)
     load_adapter(policy, "old", ema_tree(parameters(policy, "old"), parameters(policy), decay))
     clock.append(time.monotonic())
-    _log_epoch(state, rollout.scores, gains, config.rewards, clock, time.process_time() - cpu, notes, live)
+    notes = _constant_rewards(A, rollout.scores, names)
+    _log_epoch(state, rollout.scores, gains, names, clock, time.process_time() - cpu, notes, live)
     return state._replace(epoch=state.epoch + 1, part=0, progress=progress)
+
+
+def _first_epochs(inputs: Inputs, config: Config) -> int:
+    """The epochs that tell the spread of rewards at the start: once through the prompts, but not for long."""
+    return min(math.ceil(len(all_prompts(inputs.pool)) / config.rollout.prompts_per_epoch), _FIRST_EPOCHS)
 
 
 def _step(

@@ -11,12 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reference import checkpoint
 from reference.balance import Step, init_balance, signal_weights
 from reference.base import Base
 from reference.batch import advantages, sample_epoch, step_rows
 from reference.config import Config, SolveConfig, rule_of, training_times
-from reference.errors import ConfigError
 from reference.inputs import prepare
 from reference.model import load_model
 from reference.policy import Policy, load_adapter
@@ -24,6 +22,7 @@ from reference.progress import Progress, gains_of
 from reference.prompts import Pool, all_prompts, pool_of
 from reference.rows import all_rows
 from reference.scorer import Scorer
+from reference.state import newest
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Indices = np.ndarray[Any, np.dtype[np.int64]]
@@ -52,9 +51,7 @@ def collect(config: Config, run: Path | None, units: int, held_out: int, sketch:
     base, policy = load_model(config, [p.text for p in [*all_prompts(inputs.pool), *inputs.held_out]])
     gains = torch.full((len(config.rewards),), torch.nan, dtype=torch.float64)
     if run is not None:
-        state = checkpoint.latest(run / "checkpoints")
-        if state is None:
-            raise ConfigError(f"run: {run} has no checkpoint. Train it first, or diagnose a preset's base policy.")
+        state = newest(run)
         load_adapter(policy, "default", state["default"])
         load_adapter(policy, "old", state["old"])
         gains = gains_of(Progress(*state["progress"]))

@@ -7,13 +7,11 @@ import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reference import checkpoint
 from reference.base import Base
 from reference.config import WORLD_REWARDS, Config, is_world
 from reference.devices import tf32
@@ -28,7 +26,7 @@ from reference.prompts import held_out_prompts
 from reference.rewards import REWARDS
 from reference.scorer import Scorer, score_images, scorer_of
 from reference.scoring import Scores
-from reference.toml import from_toml
+from reference.state import load_run
 
 STRICT = "geneval_strict"  # GenEval's own 0 or 1: where the graded reward is 1
 
@@ -86,22 +84,6 @@ def evaluate_run(
     columns = (*names, STRICT) if "geneval" in names else names
     trained = tuple(name in config.rewards or (name == STRICT and "geneval" in config.rewards) for name in columns)
     return write(folder, Evaluation(where, columns, trained, tuple(p.text for p in chosen), after, before))
-
-
-def load_run(run: Path, device: str, models: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
-    """A run's configuration, with another device and more sources of rewards' models, and its newest checkpoint.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    if not (run / "config.toml").is_file():
-        raise ConfigError(f"--run: expected the folder of a run, with its config.toml, got {run}.")
-    config = from_toml(run / "config.toml", Config())
-    scoring = dataclasses.replace(config.scoring, models=(*config.scoring.models, *models))
-    state = checkpoint.latest(run / "checkpoints")
-    if state is None:
-        raise ConfigError(f"--run: {run} has no checkpoint yet. Train it, or give another run.")
-    return dataclasses.replace(config, device=device, scoring=scoring), state
 
 
 def reward_names(config: Config, given: Sequence[str]) -> tuple[str, ...]:
