@@ -20,18 +20,21 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "ad
 
 @dataclass(frozen=True)
 class Policy:
-    """A model and the names of its trained tensors.
+    """A model, and its adapters' layers and tensors, which take long to look for at every step.
 
     Attributes:
         model: holds both adapters; ``default`` is active and trainable, except inside ``active``.
-        names: the trained parameters of ``default``, as ``model.named_parameters`` has them.
+        layers: those with adapters.
+        adapters: the tensors of ``default`` and ``old``, under the names that ``model.named_parameters`` gives to those
+            of ``default``, in a fixed order.
         autocast: dtype in which the model computes, whatever its weights are in; None for that of the weights.
         scale: alpha / r, by which the product of the adapters' matrices is multiplied.
         sharded: whether the frozen base is spread over processes, which must then run the same number of passes.
     """
 
     model: PeftModel
-    names: tuple[str, ...]
+    layers: tuple[LoraLayer, ...]
+    adapters: Mapping[str, Mapping[str, torch.nn.Parameter]]
     autocast: torch.dtype | None = None
     scale: float = 1.0
     sharded: bool = False
@@ -69,8 +72,14 @@ def add_lora(
         model = get_peft_model(transformer, config)
         model.add_adapter("old", config)
     model.set_adapter("default")
-    names = tuple(name for name, p in model.named_parameters() if p.requires_grad)
-    policy = Policy(model, names, autocast, alpha / rank)
+    named = dict(model.named_parameters())
+    names = [name for name, p in named.items() if p.requires_grad]
+    adapters = {
+        adapter: {name: named[name.replace(".default.", f".{adapter}.")] for name in names}
+        for adapter in ("default", "old")
+    }
+    found = tuple(module for module in model.modules() if isinstance(module, LoraLayer))
+    policy = Policy(model, found, adapters, autocast, alpha / rank)
     load_adapter(policy, "old", adapter_state(policy, "default"))
     model.eval()
     return policy
@@ -87,8 +96,7 @@ def compile_blocks(policy: Policy, backend: str = "inductor") -> None:
 
 def parameters(policy: Policy, adapter: Literal["default", "old"] = "default") -> dict[str, torch.nn.Parameter]:
     """The tensors of an adapter, under the names of ``default``, in a fixed order."""
-    named = dict(policy.model.named_parameters())
-    return {name: named[name.replace(".default.", f".{adapter}.")] for name in policy.names}
+    return dict(policy.adapters[adapter])
 
 
 def adapter_state(policy: Policy, adapter: Literal["default", "old"]) -> dict[str, Tensor]:
@@ -107,19 +115,17 @@ def load_adapter(policy: Policy, adapter: Literal["default", "old"], state: Mapp
 def active(policy: Policy, adapter: Adapter) -> Iterator[None]:
     """Run with an adapter, or with none (``base``); ``default``, its gradients and modes are back afterwards.
 
-    PEFT's own switch turns the gradients of every other adapter off, and leaves them off.
+    PEFT's switches turn the gradients of other adapters off, and leave them off. That of a whole model also walks
+    through it several times, which takes as long as running it where it is small.
     """
-    model = policy.model
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    flags = [(p, p.requires_grad) for named in policy.adapters.values() for p in named.values()]
     try:
-        if adapter == "base":
-            with model.disable_adapter():
-                yield
-        else:
-            model.set_adapter(adapter)
-            yield
+        for layer in policy.layers:
+            layer.enable_adapters(False) if adapter == "base" else layer.set_adapter(adapter)
+        yield
     finally:
-        model.set_adapter("default")
+        for layer in policy.layers:
+            layer.enable_adapters(True) if adapter == "base" else layer.set_adapter("default")
         for p, flag in flags:
             p.requires_grad_(flag)
 
@@ -131,8 +137,7 @@ def merged(policy: Policy, adapter: Adapter) -> Iterator[None]:
     Equal to rounding, so only where the weights are whole and float32 or wider; otherwise it is ``active``. The
     weights' own tensors are put back afterwards, untouched.
     """
-    layers = [module for module in policy.model.modules() if isinstance(module, LoraLayer)]
-    weights = [layer.get_base_layer().weight for layer in layers]
+    weights = [layer.get_base_layer().weight for layer in policy.layers]
     wide = all(w.dtype in (torch.float32, torch.float64) for w in weights)
     if adapter == "base" or policy.sharded or not wide:
         with active(policy, adapter):
@@ -141,7 +146,7 @@ def merged(policy: Policy, adapter: Adapter) -> Iterator[None]:
     own = [w.data for w in weights]
     try:
         with torch.no_grad():
-            for layer, w in zip(layers, weights, strict=True):
+            for layer, w in zip(policy.layers, weights, strict=True):
                 w.data = w.data + layer.get_delta_weight(adapter)
         with active(policy, "base"):
             yield
