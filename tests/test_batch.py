@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from reference.base import load_base
-from reference.batch import Rollout, advantages, group_of, images_of_steps, step_rows
+from reference.batch import Rollout, advantages, group_of, images_of_steps, step_rows, whole_step
 from reference.config import Config, OptimConfig, RolloutConfig, training_times
+from reference.distributed import ALONE, World, share_of
 from reference.presets import preset
 from reference.prompts import world_prompts
 from reference.rollout import times
+from reference.rows import halves, micro_batches
 from reference.scoring import Scores, plain_prompts
 
 ROLLOUT = RolloutConfig(prompts_per_epoch=5, images_per_prompt=4, steps=6)
@@ -38,6 +40,51 @@ def test_every_image_is_in_one_step_and_even_prompts_come_first(steps: int) -> N
         half = group_of(N, config)[part] % 2
         assert torch.equal(half, half.sort().values)
     assert not torch.equal(torch.cat(parts), torch.cat(images_of_steps(N, config, epoch=4)))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "images", "steps"), [(12, 24, 2), (5, 4, 3), (3, 2, 6), (2, 2, 4), (1, 3, 3), (2, 5, 3), (7, 3, 5)]
+)
+def test_halves_have_the_same_sizes_in_every_epoch_and_no_step_is_empty(prompts: int, images: int, steps: int) -> None:
+    rollout = dataclasses.replace(ROLLOUT, prompts_per_epoch=prompts, images_per_prompt=images)
+    config = dataclasses.replace(CONFIG, rollout=rollout, optim=OptimConfig(steps_per_epoch=steps))
+    group = group_of(prompts * images, config)
+
+    def sizes(epoch: int) -> list[tuple[int, int]]:
+        parts = images_of_steps(prompts * images, config, epoch)
+        return [(int((group[part] % 2 == 0).sum()), len(part)) for part in parts]
+
+    assert all(sizes(epoch) == sizes(0) for epoch in range(1, 5))
+    assert all(total > 0 for _, total in sizes(0))
+    assert max(total for _, total in sizes(0)) - min(total for _, total in sizes(0)) <= 1
+
+
+def test_processes_that_share_a_base_all_run_the_passes_of_the_busiest() -> None:
+    model = dataclasses.replace(CONFIG.model, shard=True)
+    config = dataclasses.replace(CONFIG, model=model, optim=OptimConfig(steps_per_epoch=3))
+    drawn, J, size = rollout(), config.loss.timesteps_per_image, 4
+    A, A_sum = advantages(drawn.scores, config)
+    base, uneven = load_base("world"), 0
+    for part, index in enumerate(images_of_steps(N, config, epoch=0)):
+        whole, passes = whole_step(index, config, World(0, 3)), []
+        for rank in range(3):
+            own = share_of(N, World(rank, 3))
+            mine = drawn._replace(x0=drawn.x0[own.start : own.stop], first=own.start)
+            rows = step_rows(base, mine, A, A_sum, index, config, 0, part)
+            assert len(rows.t) <= whole.most[2]
+            found = [
+                list(micro_batches(half, size, ALONE, most))
+                for half, most in [(rows, whole.most[2]), *((half, most) for half, _, most in halves(rows, whole))]
+            ]
+            assert sum(len(x.t) for x, counts in found[0] if counts) == len(rows.t)
+            idle = [x for each in found for x, counts in each if not counts]
+            assert all(len(x.t) == size and x.embeds is rows.embeds for x in idle)
+            passes.append([len(each) for each in found])
+            uneven += len(idle)
+        assert passes[0] == passes[1] == passes[2]
+        assert whole.total == len(index) * J
+    assert uneven > 0
+    assert whole_step(index, CONFIG, World(0, 3)).most == (0, 0, 0)
 
 
 def test_rows_of_a_step() -> None:
