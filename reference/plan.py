@@ -120,6 +120,7 @@ def _stable_diffusion(config: Config) -> dict[str, str]:
         layers = [transformer.get_submodule(name) for name in target_layers(transformer, m.lora_targets)]
         lines |= _memory(config, sum(m.lora_rank * sum(layer.weight.shape) for layer in layers))
         lines["base"] = f"{size / 1e9:.2f} GB of transformer weights in {m.precision}"
+        lines["base"] += ", spread over all processes" if m.shard else ""
     except ConfigError as error:
         lines["no model"] = str(error)
     try:

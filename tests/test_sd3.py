@@ -421,6 +421,9 @@ def test_the_plan_counts_without_weights(
     _, policy = load_model(train_arguments(flags).settings, [])
     assert f"# trained     {sum(p.numel() for p in parameters(policy).values())} parameters" in printed
     assert "# prompts     3 for training, 2 held out" in printed
+    assert "GB of transformer weights in float32\n" in printed
+    assert main(["train", *flags, "--model.base", str(folder), "--model.shard", "--dry-run"]) == 0
+    assert "GB of transformer weights in float32, spread over all processes\n" in capsys.readouterr().out
     assert main(["train", *flags, "--model.base", str(folder), "--rollout.prompts", "none.txt", "--dry-run"]) == 0
     assert "# no prompts  rollout.prompts: cannot read none.txt" in capsys.readouterr().out
     (folder / "model_index.json").write_text("{")
