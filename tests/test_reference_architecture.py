@@ -48,6 +48,7 @@ ORDER = (
     "sd3",
     "prompts",
     "policy",
+    "sharding",
     "model",
     "rollout",
     "live",
