@@ -45,6 +45,9 @@ class Rows(NamedTuple):
     prompt: Tensor
 
 
+_PER_ROW = tuple(name for name in Rows._fields if name not in ("embeds", "pooled"))
+
+
 class Whole(NamedTuple):
     """A step over all processes, each of which has some of its rows, or none.
 
@@ -80,8 +83,7 @@ class Part(NamedTuple):
 
 def part_of(rows: Rows, part: slice) -> Rows:
     """Some of the rows, with the embeddings of all prompts."""
-    own = [name for name in Rows._fields if name not in ("embeds", "pooled")]
-    return rows._replace(**{name: getattr(rows, name)[part] for name in own})
+    return rows._replace(**{name: getattr(rows, name)[part] for name in _PER_ROW})
 
 
 def micro_batches(rows: Rows, size: int, world: World = ALONE, most: int = 0) -> Iterator[tuple[Rows, bool]]:
@@ -100,8 +102,7 @@ def micro_batches(rows: Rows, size: int, world: World = ALONE, most: int = 0) ->
 
 def _idle(rows: Rows, size: int) -> Rows:
     """Rows of nothing, of the shape of a micro-batch."""
-    own = [name for name in Rows._fields if name not in ("embeds", "pooled")]
-    blank = {name: (x := getattr(rows, name)).new_zeros(size, *x.shape[1:]) for name in own}
+    blank = {name: (x := getattr(rows, name)).new_zeros(size, *x.shape[1:]) for name in _PER_ROW}
     return rows._replace(**blank | {"t": torch.full_like(blank["t"], 0.5)})
 
 

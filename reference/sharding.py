@@ -34,7 +34,7 @@ def shard_base(policy: Policy, world: World) -> Policy:
             f"model.shard: PyTorch {torch.__version__} cannot leave the adapters whole. Update it, or do not shard."
         )
     mesh = init_device_mesh(world.device.type, (world.size,))
-    adapters = {p for name, p in policy.model.named_parameters() if ".lora_" in name}
+    adapters = {p for tensors in policy.adapters.values() for p in tensors.values()}
     transformer = policy.model.get_base_model()
     for module in (*transformer.transformer_blocks, transformer):
         fully_shard(module, mesh=mesh, ignored_params=adapters)
