@@ -34,8 +34,9 @@ test: check ## everything that has to pass before a change lands
 demo: $(DEV) ## minutes: weighted sum and MARBLE side by side in the small world, with a report
 	@env -u OMP_NUM_THREADS $(PY) -m reference demo
 
-check: $(DEV) ## lint and types
+check: $(DEV) ## lint, format and types
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 props: WORKERS = 2

@@ -79,9 +79,7 @@ def generate(
         ``(latents [N, C, H, W], images [N, 3, H', W'])``, on the base's device.
     """
     batches = list(
-        generate_batches(
-            policy, base, prompts, noise, adapter=adapter, sampler=sampler, steps=steps, batch=batch
-        )
+        generate_batches(policy, base, prompts, noise, adapter=adapter, sampler=sampler, steps=steps, batch=batch)
     )
     latents, images = zip(*batches, strict=True)
     return torch.cat(latents), torch.cat(images)

@@ -192,8 +192,7 @@ def lora_layers(policy: Policy, state: Mapping[str, Tensor]) -> dict[str, Tensor
     ``alpha / r`` is multiplied into ``lora_B``: exact, and independent of metadata that a loader may not read.
     """
     return {
-        name.replace("base_model.model.", "transformer.", 1).replace(".default.", "."): (
-            policy.scale * x if ".lora_B." in name else x
-        ).detach().cpu().contiguous()
+        name.replace("base_model.model.", "transformer.", 1).replace(".default.", "."): x.detach().cpu().contiguous()
+        * (policy.scale if ".lora_B." in name else 1.0)
         for name, x in state.items()
     }

@@ -69,8 +69,7 @@ def save_tiny_sd3(folder: Path, *, t5: bool) -> Path:
 
 _LETTERS = string.ascii_lowercase + string.digits
 _CLIP_VOCAB = {
-    token: i
-    for i, token in enumerate([*_LETTERS, *(c + "</w>" for c in _LETTERS), "<|startoftext|>", "<|endoftext|>"])
+    token: i for i, token in enumerate([*_LETTERS, *(c + "</w>" for c in _LETTERS), "<|startoftext|>", "<|endoftext|>"])
 }
 _T5_VOCAB = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in _LETTERS)]
 

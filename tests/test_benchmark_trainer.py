@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import trainer
-from benchmarks.trainer import FULL, LOSS, SMALL, Setup, Timing
+from benchmarks import trainer, trainer_steps
+from benchmarks.timing import Timing, measure
+from benchmarks.trainer_models import FULL, SMALL, Setup, build, build_transformer, random_rows
+from benchmarks.trainer_steps import LOSS, kinds, transcription
 from reference.balance import Step, init_balance, step_gradient
 from reference.policy import compile_blocks, parameters, target_layers
 
@@ -33,7 +35,7 @@ BF16 = dataclasses.replace(TINY, dtype=torch.bfloat16)
 
 def test_full_size_is_stable_diffusion_3_5_medium() -> None:
     """2.24 G weights without the position embeddings; 18.8 M of LoRA at rank 32, as the paper's setting has them."""
-    transformer = trainer.build_transformer(FULL, "meta")
+    transformer = build_transformer(FULL, "meta")
     assert {p.device.type for p in transformer.parameters()} == {"meta"}
     assert {p.dtype for p in transformer.parameters()} == {torch.bfloat16}
     assert sum(p.numel() for p in transformer.parameters()) == pytest.approx(2.24e9, rel=0.01)
@@ -49,15 +51,15 @@ def test_full_size_is_stable_diffusion_3_5_medium() -> None:
 @pytest.mark.parametrize("micro_batch", [2, 4])
 def test_the_transcription_gives_the_gradient_of_a_weighted_sum_step(micro_batch: int) -> None:
     device = torch.device("cpu")
-    policy = trainer.build(TINY, device)
-    rows = trainer.random_rows(TINY, 4, 3, device)
-    weighted = next(kind for kind in trainer.kinds() if kind.name == "weighted-sum")
+    policy = build(TINY, device)
+    rows = random_rows(TINY, 4, 3, device)
+    weighted = next(kind for kind in kinds() if kind.name == "weighted-sum")
     assert weighted.rule is not None
     balance = init_balance(3, weighted.rule, parameters(policy))
     step = Step(False, False, False, torch.full((3,), 1 / 3, dtype=torch.float64), None, None)
     loss = dataclasses.replace(LOSS, kl_weight=0.1)
     ours = step_gradient(policy, rows, balance, weighted.rule, loss, step, micro_batch=micro_batch).gradient
-    theirs = trainer.transcription(policy, rows, loss, micro_batch)
+    theirs = transcription(policy, rows, loss, micro_batch)
     scale = max(float(x.abs().max()) for x in ours.values())
     assert scale > 0
     assert ours.keys() == theirs.keys()
@@ -70,15 +72,15 @@ def test_the_transcription_gives_the_gradient_of_a_weighted_sum_step(micro_batch
 def test_everything_runs_and_is_reported(
     size: str, setup: Setup, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "CYCLE", 2)
-    monkeypatch.setattr(trainer, "SAMPLING_STEPS", 2)
-    all_kinds = trainer.kinds()
-    monkeypatch.setattr(trainer, "kinds", lambda: [k for k in all_kinds if k.group != "k-pass" or k.K == 5])
+    monkeypatch.setattr(trainer_steps, "CYCLE", 2)
+    monkeypatch.setattr(trainer_steps, "SAMPLING_STEPS", 2)
+    some = [k for k in kinds() if k.group != "k-pass" or k.K == 5]
+    monkeypatch.setattr(trainer, "kinds", lambda: some)
     out = tmp_path / "trainer.json"
     result = trainer.main([size, "--device", "cpu", "--repeats", "1", "--out", str(out)], (setup, setup))
     records = {record["name"]: record for record in result["records"]}
     assert [record["error"] for record in records.values()] == [None] * len(records)
-    assert len(records) == len(trainer.kinds())
+    assert len(records) == len(some)
     for name, record in records.items():
         baseline = records[name.split("/")[0] + "/weighted-sum"]
         assert record["speed"] == pytest.approx(baseline["seconds"] / record["seconds"])
@@ -113,7 +115,7 @@ def test_a_failure_is_a_row_of_its_own() -> None:
         raise ValueError("rows: expected")
 
     calls: list[int] = []
-    found = trainer.measure(
+    found = measure(
         {"fails": lambda: without_memory, "is not made": unprepared, "works": lambda: lambda: calls.append(1)},
         repeats=3,
         device=torch.device("cpu"),
@@ -123,7 +125,7 @@ def test_a_failure_is_a_row_of_its_own() -> None:
     assert found["is not made"].error == "ValueError: rows: expected"
     assert len(calls) == 1 + len(found["works"].seconds) == 4
     slow = iter(range(100))
-    once = trainer.measure({"slow": lambda: lambda: None}, 5, torch.device("cpu"), 1.5, clock=lambda: float(next(slow)))
+    once = measure({"slow": lambda: lambda: None}, 5, torch.device("cpu"), 1.5, clock=lambda: float(next(slow)))
     assert once["slow"] == Timing([1.0, 1.0], 1.0, None, None)  # two of its seconds are more than its budget
 
 

@@ -53,9 +53,7 @@ def config(run: Path, rule: str, epochs: int = 2) -> Config:
     is so large that its steps are smooth in the gradients: rounding would decide the sign of others."""
     tiny = preset("tiny")
     sharded = rule == "sharded"
-    model = dataclasses.replace(
-        tiny.model, lora_targets="attention", shard=sharded, gradient_checkpointing=sharded
-    )
+    model = dataclasses.replace(tiny.model, lora_targets="attention", shard=sharded, gradient_checkpointing=sharded)
     return dataclasses.replace(
         tiny,
         run=run,
@@ -89,6 +87,7 @@ def run_rules(folder: Path) -> None:
 
 def count_frozen() -> None:
     """Print how many of the frozen numbers this process holds, for every model that is loaded."""
+
     def spy(config: Config, prompts: Sequence[str], world: World = ALONE) -> tuple[Base, Policy]:
         base, policy = load_model(config, prompts, world)
         frozen = [p for p in policy.model.parameters() if not p.requires_grad]

@@ -88,9 +88,7 @@ def test_it_gives_the_trainers_own_evaluations(run: Path, tmp_path: Path) -> Non
     assert "| text | trained | 1 |" in text
 
 
-def test_prompts_rewards_and_steps_of_ones_own(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prompts_rewards_and_steps_of_ones_own(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text('the text "CAT"\na red circle\na red circle\n', encoding="utf-8")
     (run / "evaluation").mkdir(exist_ok=True)

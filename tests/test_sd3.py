@@ -277,14 +277,14 @@ def test_compiled_blocks_compute_the_same(tiny_sd3: Path, cache: Path) -> None:
 
 # --- a run
 
-MY_REWARD = '''
+MY_REWARD = """
 def bright(images, prompts, metadata):
     assert images.shape[1:] == (3, 16, 16) and 0 <= images.min() and images.max() <= 1
     return images.mean((1, 2, 3))
 
 def red(images, prompts, metadata):
     return images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2))
-'''
+"""
 
 PIPELINE = """
 import sys, torch

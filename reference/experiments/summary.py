@@ -157,9 +157,7 @@ def as_json(found: Evaluation, result: Result, table: Table) -> str:
 
 def _record(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, float | None]]:
     """Estimates as JSON has them."""
-    return {
-        label: {k: None if math.isnan(v) else v for k, v in e._asdict().items()} for label, e in estimates.items()
-    }
+    return {label: {k: None if math.isnan(v) else v for k, v in e._asdict().items()} for label, e in estimates.items()}
 
 
 def as_markdown(found: Evaluation, result: Result, table: Table) -> str:
