@@ -62,29 +62,6 @@ def gather_scores(scores: Scores, own: range, total: int, world: World) -> Score
     return Scores(values, applicable.bool())
 
 
-def generate(
-    policy: Policy,
-    base: Base,
-    prompts: Sequence[str],
-    noise: Tensor,
-    *,
-    adapter: Adapter,
-    sampler: Sampler,
-    steps: int,
-    batch: int,
-) -> tuple[Tensor, Tensor]:
-    """Sample one latent and image for each prompt.
-
-    Returns:
-        ``(latents [N, C, H, W], images [N, 3, H', W'])``, on the base's device.
-    """
-    batches = list(
-        generate_batches(policy, base, prompts, noise, adapter=adapter, sampler=sampler, steps=steps, batch=batch)
-    )
-    latents, images = zip(*batches, strict=True)
-    return torch.cat(latents), torch.cat(images)
-
-
 def generate_batches(
     policy: Policy,
     base: Base,
@@ -98,9 +75,10 @@ def generate_batches(
     total: int | None = None,
     world: World = ALONE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The latents and images of ``generate``, a batch at a time, as they are made.
+    """Sample a latent and an image for each prompt, on the base's device, a batch at a time.
 
     Args:
+        noise: ``[N, C, H, W]``, what each image begins with.
         total: how many images all processes make, if these prompts are one process's share of them. Where they share
             the base, a process with fewer batches makes its first one again, for the others' sake.
         world: the processes.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from reference.devices import tf32
-from reference.evaluate import generate, generator
+from reference.evaluate import generate_batches, generator
 from reference.live import save_grid
 from reference.model import load_model
 from reference.policy import Adapter, weights_of
@@ -51,7 +51,7 @@ def generate_grid(
     noise = torch.randn(len(repeated), *base.latent_shape, generator=generator(seed, "generate"))
     adapter: Adapter = "base" if untrained else "default"
     with weights_of(policy, state["ema"]), tf32(base.device):
-        _, pictures = generate(
+        batches = generate_batches(
             policy,
             base,
             repeated,
@@ -61,5 +61,6 @@ def generate_grid(
             steps=steps or config.log.eval_steps,
             batch=config.rollout.batch,
         )
+        pictures = torch.cat([made for _, made in batches])
     save_grid(pictures, out, columns=images, scale=max(1, 96 // pictures.shape[-1]))
     return out

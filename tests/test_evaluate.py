@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from reference.base import load_base
 from reference.config import Config
 from reference.errors import ConfigError
-from reference.evaluate import evaluate, gain, generate, generator, interval, prompt_means
+from reference.evaluate import evaluate, gain, generate_batches, generator, interval, prompt_means
 from reference.experiments.controls import controls, held_out_gain
 from reference.experiments.demo import RULES, demo
 from reference.experiments.records import records
-from reference.policy import active, adapter_state, add_lora, load_adapter
+from reference.policy import Adapter, active, adapter_state, add_lora, load_adapter
 from reference.presets import preset
 from reference.prompts import world_prompts
 from reference.scorer import Scorer, load_rewards
@@ -87,10 +88,12 @@ def test_images_come_from_the_adapter_asked_for() -> None:
     policy = add_lora(base.transformer, rank=2, alpha=4.0, targets="linear", seed=0)
     load_adapter(policy, "old", {name: x + 0.05 for name, x in adapter_state(policy, "old").items()})
     noise = torch.randn(2, *base.latent_shape)
-    draw = {
-        adapter: generate(policy, base, ["a red circle"] * 2, noise, adapter=adapter, sampler="euler", steps=2, batch=2)
-        for adapter in ("default", "old", "base")
-    }
+
+    def drawn(adapter: Adapter) -> tuple[Tensor, Tensor]:
+        texts = ["a red circle"] * 2
+        return next(generate_batches(policy, base, texts, noise, adapter=adapter, sampler="euler", steps=2, batch=2))
+
+    draw = {"default": drawn("default"), "old": drawn("old"), "base": drawn("base")}
     torch.testing.assert_close(draw["default"][0], draw["base"][0], rtol=0, atol=1e-5)
     assert not torch.allclose(draw["old"][0], draw["base"][0], atol=1e-2)
     with active(policy, "default"):

@@ -25,7 +25,7 @@ from reference.base import Base
 from reference.batch import Rollout, advantages, step_rows
 from reference.config import Config, ModelConfig, SolveConfig, rule_of
 from reference.errors import ConfigError
-from reference.evaluate import generate
+from reference.evaluate import generate_batches
 from reference.model import load_model
 from reference.policy import (
     Adapter,
@@ -351,11 +351,14 @@ def test_diffusers_loads_the_run_and_draws_our_images(
     state = checkpoint.latest(trained / "checkpoints")
     assert state is not None
     with weights_of(policy, state["ema"]):
-        kinds: dict[str, Adapter] = {"base": "base", "trained": "default"}
-        ours = {
-            kind: generate(policy, base, prompts, noise, adapter=adapter, sampler="euler", steps=steps, batch=2)[1]
-            for kind, adapter in kinds.items()
-        }
+
+        def drawn(adapter: Adapter) -> Tensor:
+            batches = generate_batches(
+                policy, base, prompts, noise, adapter=adapter, sampler="euler", steps=steps, batch=2
+            )
+            return next(batches)[1]
+
+        ours = {"base": drawn("base"), "trained": drawn("default")}
     torch.save({"prompts": prompts, "noise": noise, "steps": steps}, tmp_path / "given.pt")
     paths = [str(path) for path in (tiny_sd3, trained, tmp_path / "given.pt", tmp_path / "out.pt")]
     command = [sys.executable, "-W", "ignore", "-c", PIPELINE, *paths]
