@@ -88,8 +88,8 @@ def add_lora(
 def compile_blocks(policy: Policy, backend: str = "inductor") -> None:
     """Compile each transformer block, in place: the same kernels serve all blocks of a kind, so this is quick for deep
     models. Every batch size and every adapter makes a variant of its own."""
-    # blocks share their code, so torch counts the variants of all of them together
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    # blocks share their code, so torch counts the variants of all of them together; this name is PyTorch 2.6's, too
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     for block in policy.model.get_base_model().transformer_blocks:
         block.compile(dynamic=False, backend=backend)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from reference import balance, checkpoint, distributed, sharding
@@ -45,7 +47,8 @@ RULES = {
         "solve": SolveConfig(solver="cone", gram="moment_halves", decay=0.5, accumulate=2, refresh_every=2, shrink=True)
     },
 }
-COMPARED = ("marble", "marble-paper", "weighted-sum", "sharded")  # the last one has a memory, and is handed on
+SHARDS = "ignored_params" in inspect.signature(fully_shard).parameters  # not in PyTorch 2.6
+COMPARED = ("marble", "marble-paper", "weighted-sum", *(["sharded"] if SHARDS else []))  # "cone" is handed on
 
 
 def config(run: Path, rule: str, epochs: int = 2) -> Config:
@@ -169,13 +172,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("processes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_module, "write_report", lambda run: run)
-        for rule in RULES:
+        for rule in (*COMPARED, "cone"):
             train_module.train(config(root / "1" / rule, rule))
     printed = accelerate_launch(2, root / "2")
     assert re.findall(r"marble holds (\S+)", printed) == ["1.000"] * 2
     shares = [float(share) for share in re.findall(r"sharded holds (\S+)", printed)]
-    assert len(shares) == 2
-    assert 0.5 < min(shares) <= max(shares) < 0.7  # "old", the second adapter, is frozen too, and whole everywhere
+    assert len(shares) == 2 * SHARDS
+    assert all(0.5 < share < 0.7 for share in shares)  # "old", the second adapter, is frozen too, and whole everywhere
     assert printed.count("UserWarning: stopping after this step") == 1  # only the second one was asked to
     assert printed.count("interrupted: stopped after step 2; go on with --resume") == 2
     assert final_state(root / "handed-on")["step"] == 2
