@@ -1,6 +1,6 @@
 """Cost of K gradients: one shared backward, K passes, and vectorized backwards, beside one ordinary training step.
 
-    python benchmarks/gradients.py [--quick] [--device cuda] [--json PATH]
+    python -m benchmarks.gradients [--quick] [--device cuda] [--json PATH]
 
 The model is a small SD3 transformer (4 blocks, width 256, 64 image and 77 text tokens) with LoRA of rank 16 on
 attention, 8 rows. ``vmap`` is ``gradient_rows`` (``torch.func``), ``is_grads_batched`` the same idea inside
@@ -18,7 +18,6 @@ import datetime
 import json
 import platform
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import marble_core
+from benchmarks.timing import timed
 
 Rows = dict[str, Tensor]
 ROWS, TARGETS = 8, ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -119,13 +119,7 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timed(call, device)[0])
     return {name: statistics.median(values) for name, values in seconds.items()}, results
 
 

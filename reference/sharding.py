@@ -14,6 +14,11 @@ from reference.errors import ConfigError
 from reference.policy import Policy
 
 
+def can_shard() -> bool:
+    """Whether this PyTorch can leave adapters out; 2.6 cannot."""
+    return "ignored_params" in inspect.signature(fully_shard).parameters
+
+
 def shard_base(policy: Policy, world: World) -> Policy:
     """Give each process a share of every frozen tensor, in place; a block is whole only while it runs.
 
@@ -29,7 +34,7 @@ def shard_base(policy: Policy, world: World) -> Policy:
     """
     if world.size == 1:
         return policy
-    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+    if not can_shard():
         raise ConfigError(
             f"model.shard: PyTorch {torch.__version__} cannot leave the adapters whole. Update it, or do not shard."
         )

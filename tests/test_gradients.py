@@ -187,11 +187,12 @@ def test_bf16_autocast() -> None:
             y = module(x)
         return y.float().square().flatten(1).mean(1)
 
+    bound = 0.03 if torch.__version__.startswith("2.6.") else 0.02  # PyTorch 2.6 rounds otherwise, 0.021 here
     expected = k_passes(forward, module, weights)
-    assert_rows(shared_cotangent_rows(forward, module, weights).rows, expected, 0.03)
+    assert_rows(shared_cotangent_rows(forward, module, weights).rows, expected, bound)
     with torch.autocast("cpu", torch.bfloat16):  # around everything, the backward included
         inside = shared_cotangent_rows(lambda: module(x).float().square().flatten(1).mean(1), module, weights)
-    assert_rows(inside.rows, expected, 0.03)
+    assert_rows(inside.rows, expected, bound)
     exact = k_passes(signal_of(module, x), module, weights)
     with pytest.raises(AssertionError):  # autocast was at work: this is not the float32 gradient
         assert_rows(inside.rows, exact, 1e-5)
