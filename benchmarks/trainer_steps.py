@@ -47,15 +47,15 @@ class Kind(NamedTuple):
 
 def kinds() -> list[Kind]:
     """All that can be timed, the important first."""
-    weighted, full = _rule("weighted-sum"), _rule("min-norm")
+    weighted, full = _rule("weighted-sum"), _rule("marble")
     found = [Kind("step", "weighted-sum", 5, weighted, 0), Kind("step", "transcription", 5, None, 0)]
     found += [Kind("step", f"shared K={K}", K, full, 1) for K in (5, 16, 64)]
     found += [Kind("cycle", "weighted-sum", 5, weighted, 0, CYCLE)]
-    for name in ("marble-paper", "min-norm", "marble"):
+    for name in ("marble-paper", "marble", "soft-min"):
         found.append(Kind("cycle", f"{name} N={CYCLE}", 5, _rule(name), CYCLE, CYCLE))
     found += [Kind("epoch", "weighted-sum", 5, weighted, 0), Kind("epoch", "shared K=5", 5, full, 1)]
     found += [Kind("epoch", "transcription", 5, None, 0), Kind("k-pass", "weighted-sum", 5, weighted, 0)]
-    return found + [Kind("k-pass", f"k-pass K={K}", K, _rule("min-norm", "k_pass"), 1) for K in (5, 16, 64)]
+    return found + [Kind("k-pass", f"k-pass K={K}", K, _rule("marble", "k_pass"), 1) for K in (5, 16, 64)]
 
 
 def _rule(name: str, rows: str = "shared") -> Rule:

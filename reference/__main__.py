@@ -79,10 +79,10 @@ def controls_command(argv: Sequence[str]) -> None:
     a = tyro.cli(Controls, prog="python -m reference controls", args=list(argv))
     from reference.experiments.controls import controls
 
-    world = preset("world")
+    world = preset(a.preset)
     rollout = dataclasses.replace(world.rollout, prompts_per_epoch=a.prompts_per_epoch)
     settings = dataclasses.replace(world, epochs=a.epochs, seed=a.seed, threads=a.threads, rollout=rollout)
-    print(controls(settings, a.rewards, a.folder))
+    print(controls(settings, a.rewards or world.rewards, a.folder or Path("runs/controls") / a.preset))
 
 
 def report_command(argv: Sequence[str]) -> None:
@@ -98,7 +98,7 @@ def compare_command(argv: Sequence[str]) -> None:
     a = tyro.cli(Compare, prog="python -m reference compare", args=list(argv))
     from reference.experiments.compare import compare, plan_runs
 
-    world = preset("world")
+    world = preset(a.preset)
     settings = dataclasses.replace(
         world,
         epochs=a.epochs,
@@ -107,7 +107,8 @@ def compare_command(argv: Sequence[str]) -> None:
         log=dataclasses.replace(world.log, eval_prompts=a.eval_prompts, eval_every=a.eval_every),
     )
     settings = from_toml(a.config, settings) if a.config is not None else settings
-    print(compare(plan_runs(settings, a.rules, a.seeds, a.folder), a.folder, jobs=a.jobs, tables_only=a.tables_only))
+    folder = a.folder or Path("runs/compare") / a.preset
+    print(compare(plan_runs(settings, a.rules, a.seeds, folder), folder, jobs=a.jobs, tables_only=a.tables_only))
 
 
 def diagnose_command(argv: Sequence[str]) -> None:

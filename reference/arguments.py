@@ -46,16 +46,19 @@ class Demo:
 class Controls:
     """Train with one reward alone, for each: a reward that cannot be raised alone cannot show balancing."""
 
-    rewards: tuple[str, ...] = ("objects", "text", "similarity", "colour", "jpeg")
-    """Which rewards."""
+    preset: Literal["world", "world-conflict"] = "world"
+    """The preset whose rewards and settings are used."""
+    rewards: tuple[str, ...] = ()
+    """Which rewards; without any, all of the preset's."""
     epochs: int = 80
     """Epochs of each run."""
     prompts_per_epoch: int = 6
     """Prompts of an epoch, fewer than in the world preset: about 10 minutes a run on two cores."""
     seed: int = 0
     """Seed of every run."""
-    folder: Path = Path("runs/controls")
-    """Where the runs go; finished ones are not repeated, and one that was stopped goes on."""
+    folder: Path | None = None
+    """Where the runs go, by default runs/controls/ and the preset's name; finished ones are not repeated, and one that
+    was stopped goes on."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
 
@@ -64,7 +67,9 @@ class Controls:
 class Compare:
     """Train several rules with several seeds and the same random numbers, and compare them on held-out prompts."""
 
-    rules: tuple[str, ...] = ("marble", "marble-paper", "weighted-sum", "uniform")
+    preset: Literal["world", "world-conflict"] = "world"
+    """The preset whose rewards and settings all runs have."""
+    rules: tuple[str, ...] = ("soft-min", "marble", "marble-paper", "weighted-sum", "uniform")
     """Names as of --balance, or label=file.toml with any values of a configuration; the first is compared to all."""
     seeds: int = 5
     """Runs of each rule."""
@@ -77,9 +82,10 @@ class Compare:
     eval_every: int = 20
     """Epochs between evaluations."""
     config: Path | None = None
-    """TOML file with further values of all runs, over the preset world."""
-    folder: Path = Path("runs/compare")
-    """Where the runs and the tables go; finished runs are not repeated, and one that was stopped goes on."""
+    """TOML file with further values of all runs, over the preset."""
+    folder: Path | None = None
+    """Where the runs and the tables go, by default runs/compare/ and the preset's name; finished runs are not repeated,
+    and one that was stopped goes on."""
     jobs: int = 1
     """Runs side by side, each in a process of its own."""
     threads: int = 0

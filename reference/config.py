@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Preset = Literal["world", "demo", "tiny", "sd35m", "sd35m-single-gpu"]
-BUILT_IN_RULES = ("marble", "marble-paper", "min-norm", "weighted-sum", "uniform")
+Preset = Literal["world", "world-conflict", "demo", "tiny", "sd35m", "sd35m-single-gpu"]
+BUILT_IN_RULES = ("soft-min", "marble-paper", "marble", "weighted-sum", "uniform")
 SOLVERS = ("min-norm", "cone", "prior")
-WORLD_REWARDS = ("objects", "objects_strict", "text", "similarity", "colour", "jpeg")
+WORLD_REWARDS = ("objects", "objects_strict", "text", "similarity", "colour", "jpeg", "sharpness", "contrast")
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,12 @@ class LossConfig:
     """Strength of the positive and negative branch."""
     a_max: float = 5.0
     """Advantages are clamped here."""
-    kl_weight: float = 0.0
-    """Weight of the pull to the base model, outside the balancing; above 0 it costs one more forward pass."""
+    kl_weight: float = 0.1
+    """Weight of the pull to the base model, outside the balancing; above 0 it costs one more forward pass. At 0 the
+    small world's training comes apart after some 60 epochs."""
+    norm_guard: float = 0.0
+    """Weight of a hinge on the length of the velocity, which acts only where it is longer than the base model's
+    (NormGuard); outside the balancing, above 0 it costs the same forward pass."""
     std: Literal["global", "group"] = "global"
     """Standard deviation that divides advantages: over the epoch's images, or within each prompt's group."""
     timesteps_per_image: int = 3
@@ -198,7 +202,7 @@ class Config:
 
     run: Path = Path("runs/world")
     """Folder of the run: config, metrics, checkpoints, images, report."""
-    balance: str = "marble"
+    balance: str = "soft-min"
     """marble, marble-paper, min-norm, weighted-sum, uniform, or module:callable from a Gram matrix to weights."""
     rewards: tuple[str, ...] = ("objects", "text", "similarity", "colour", "jpeg")
     """Rewards to raise: names of the world's five or of reference/rewards/, or module:callable of your own."""
@@ -300,9 +304,9 @@ _MIN_NORM = Rule(
     rows="shared",
 )
 _RULES = {
-    "marble": dataclasses.replace(_MIN_NORM, solver="prior", softmin=4.0, keep=0.5),
+    "soft-min": dataclasses.replace(_MIN_NORM, solver="prior", softmin=4.0, keep=0.5),
     "marble-paper": dataclasses.replace(_MIN_NORM, gradients="full", guard=0.0, amortize="paper"),
-    "min-norm": _MIN_NORM,
+    "marble": _MIN_NORM,
     "weighted-sum": dataclasses.replace(_MIN_NORM, kind="weighted-sum"),
     "uniform": dataclasses.replace(_MIN_NORM, kind="uniform"),
 }
@@ -341,3 +345,13 @@ def training_times(config: Config) -> int:
         7
     """
     return max(1, int(config.rollout.steps * config.loss.timestep_fraction))
+
+
+def pulls(loss: LossConfig) -> bool:
+    """Whether a step looks at the base model's velocity.
+
+    Example:
+        >>> pulls(LossConfig(kl_weight=0.0)), pulls(LossConfig(kl_weight=0.0, norm_guard=1.0))
+        (False, True)
+    """
+    return loss.kl_weight > 0 or loss.norm_guard > 0

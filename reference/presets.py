@@ -50,14 +50,18 @@ _UNSEEN = ("aesthetic", "imagereward", "unifiedreward")  # the last one needs a 
 def preset(name: Preset) -> Config:
     """The configuration of a preset.
 
-    ``world``: the small world for 20-30 minutes on two cores. ``demo``: a few minutes. ``tiny``: seconds, for tests.
-    ``sd35m``: Stable Diffusion 3.5 Medium with the paper's constants. ``sd35m-single-gpu``: the same for one card of
+    ``world``: the small world for 20-30 minutes on two cores, with rewards that hardly conflict. ``world-conflict``:
+    the same with rewards of which one pulls against three others. ``demo``: a few minutes. ``tiny``: seconds, for
+    tests. ``sd35m``: Stable Diffusion 3.5 Medium with the paper's constants. ``sd35m-single-gpu``: the same for one card of
     80 GB; docs/trainer.md says what it trades.
     """
     if name in ("sd35m", "sd35m-single-gpu"):
         return _sd35m() if name == "sd35m" else _on_one_card(_sd35m())
     if name == "world":
         return Config()
+    if name == "world-conflict":
+        rewards = ("text", "colour", "jpeg", "sharpness", "contrast")
+        return Config(run=Path("runs/world-conflict"), rewards=rewards, log=LogConfig(watch=("objects", "similarity")))
     if name == "demo":
         log = LogConfig(eval_every=0, eval_prompts=40, save_every=0)
         return Config(run=Path("runs/demo"), epochs=18, rollout=RolloutConfig(pool=30, prompts_per_epoch=6), log=log)

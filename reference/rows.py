@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from marble_core import affine_terms, branch_losses, interpolation, shared_cotangent_rows
-from reference.config import LossConfig, Rule
+from reference.config import LossConfig, Rule, pulls
 from reference.distributed import ALONE, World, all_reduce, check_peers, meet
 from reference.estimate import Tree
 from reference.policy import Policy, active, merged, parameters, velocity
 
 # From advantages [B, K] and those of the weighted sum [B] to the weight of each row's reward part [B].
 Weigh = Callable[[Tensor, Tensor], Tensor]
-_LOGGED = ("kl", "drift", "v_norm", "x0_abs", "loss")  # means over the rows of a step
+_LOGGED = ("kl", "drift", "v_norm", "v_norm_base", "x0_abs", "loss")  # means over the rows of a step
 
 
 class Rows(NamedTuple):
@@ -122,8 +122,8 @@ def one_gradient(
     B, trained = whole.total, parameters(policy)
     total, sums = _zeros(trained), _no_sums(rows)
     for part, counts in micro_batches(rows, micro_batch, whole.world, whole.most[2]):
-        prox, signal, kl, log = _terms(policy, part, loss)
-        objective = (prox_scale * prox + weigh(part.A, part.A_sum) * signal + loss.kl_weight * kl).sum() / B
+        prox, signal, pulled, log = _terms(policy, part, loss)
+        objective = (prox_scale * prox + weigh(part.A, part.A_sum) * signal + pulled).sum() / B
         found = torch.autograd.grad(objective, list(trained.values()))
         if not counts:
             continue
@@ -191,7 +191,7 @@ def all_rows(
     B, K, trained = total or rows.x0.shape[0], rows.A.shape[1], parameters(policy)
     h: Tree = {}
     shared: Tree = {}
-    apart = rule.gradients == "full" and loss.kl_weight > 0
+    apart = rule.gradients == "full" and pulls(loss)
     pull = _zeros(trained) if apart else {}
     sums = _no_sums(rows)
     for part, counts in micro_batches(rows, micro_batch, world, most):
@@ -201,12 +201,12 @@ def all_rows(
         log: dict[str, Tensor] = {}
 
         def forward(part: Rows = part, log: dict[str, Tensor] = log, counts: bool = counts) -> tuple[Tensor, Tensor]:
-            prox, signal, kl, seen = _terms(policy, part, loss)
+            prox, signal, pulled, seen = _terms(policy, part, loss)
             log.update(seen)
-            kl = loss.kl_weight * kl.sum() / B
+            mean = pulled.sum() / B
             if not apart:
-                return signal, prox.sum() / B + kl
-            found = torch.autograd.grad(kl, list(trained.values()), retain_graph=True)
+                return signal, prox.sum() / B + mean
+            found = torch.autograd.grad(mean, list(trained.values()), retain_graph=True)
             if counts:
                 _add(pull, dict(zip(trained, found, strict=True)))
             return signal, prox.sum() / B
@@ -226,28 +226,43 @@ def all_rows(
 
 
 def _terms(policy: Policy, rows: Rows, loss: LossConfig) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """``prox``, ``signal`` and squared distance to the base of every row ``[B]``, and sums over rows to log."""
+    """``prox``, ``signal`` and the pull to the base of every row ``[B]``, and sums over rows to log.
+
+    The pull is ``kl_weight mean((v - v_ref)^2) + norm_guard max(0, |v| - |v_ref|)^2``, lengths as root mean squares: a
+    hinge on the velocity's length as NormGuard's (arXiv 2606.27771).
+    """
     t = rows.t.reshape(-1, 1, 1, 1)
     x_t = (1 - t) * rows.x0 + t * rows.noise
     condition = (rows.embeds[rows.prompt], rows.pooled[rows.prompt])
     with torch.no_grad():
         with merged(policy, "old"):
             v_old = velocity(policy, x_t, rows.t, condition)
-        if loss.kl_weight > 0:
+        if pulls(loss):
             with active(policy, "base"):
                 v_ref = velocity(policy, x_t, rows.t, condition)
     v = velocity(policy, x_t, rows.t, condition)
     l_pos, l_neg = branch_losses(v, v_old, x0=rows.x0, noise=rows.noise, t=rows.t, beta=loss.beta, form=loss.form)
     scale = loss.a_max / loss.beta if loss.form == "x0" else 1.0
     prox, signal = affine_terms(scale * l_pos, scale * l_neg)
-    kl = (v - v_ref).square().flatten(1).mean(1) if loss.kl_weight > 0 else torch.zeros_like(prox)
+    kl = pulled = torch.zeros_like(prox)
+    base_length = torch.full_like(prox, torch.nan)
+    if pulls(loss):
+        kl, base_length = _mean_square(v - v_ref), _mean_square(v_ref).sqrt()
+        excess = (_mean_square(v).sqrt() - base_length).clamp(min=0)
+        pulled = loss.kl_weight * kl + loss.norm_guard * excess.square()
     log = {
         "kl": kl.detach().sum(),
-        "drift": (v - v_old).detach().square().flatten(1).mean(1).sum(),
-        "v_norm": v.detach().square().flatten(1).mean(1).sqrt().sum(),
+        "drift": _mean_square((v - v_old).detach()).sum(),
+        "v_norm": _mean_square(v.detach()).sqrt().sum(),
+        "v_norm_base": base_length.sum(),
         "x0_abs": rows.x0.abs().flatten(1).mean(1).sum(),
     }
-    return prox, signal, kl, log
+    return prox, signal, pulled, log
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    """Mean square of each row ``[B]``."""
+    return x.square().flatten(1).mean(1)
 
 
 def _zeros(trained: Mapping[str, Tensor]) -> Tree:

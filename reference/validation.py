@@ -102,7 +102,8 @@ def _check_ranges(config: Config, rule: Rule) -> None:
            f"{rule.refresh_every}", rule.accumulate)  # fmt: skip
     _check(0 <= rule.softmin < math.inf, "solve.softmin to be finite and at least 0", rule.softmin)
     not_negative = {
-        "threads": config.threads, "loss.kl_weight": loss.kl_weight, "optim.weight_decay": optim.weight_decay,
+        "threads": config.threads, "loss.kl_weight": loss.kl_weight, "loss.norm_guard": loss.norm_guard,
+        "optim.weight_decay": optim.weight_decay,
         "log.eval_every": config.log.eval_every, "log.save_every": config.log.save_every,
         "scoring.batch": config.scoring.batch,
     }  # fmt: skip

@@ -31,7 +31,7 @@ from reference.policy import Policy, active, adapter_state, add_lora, load_adapt
 from reference.rows import Rows, Whole, micro_batches
 
 K, B = 3, 7
-LOSS = LossConfig(beta=0.5)
+LOSS = LossConfig(beta=0.5, kl_weight=0.0)
 
 
 def tiny_policy() -> Policy:
@@ -122,7 +122,7 @@ def take(
     return step_gradient(policy, rows, balance, rule, loss, step, micro_batch=micro_batch)
 
 
-def rule(balance: str = "min-norm", solve: SolveConfig | None = None) -> Rule:
+def rule(balance: str = "marble", solve: SolveConfig | None = None) -> Rule:
     return rule_of(Config(balance=balance, solve=solve or SolveConfig()))
 
 
@@ -181,7 +181,7 @@ def test_the_kl_of_the_papers_rule_is_not_scaled_by_the_solve(policy: Policy, ro
     half = torch.full((B,), 0.5, dtype=torch.float64)
     without = plain_gradient(policy, rows, half)
     pull = {n: x - without[n] for n, x in plain_gradient(policy, rows, half, loss).items()}
-    for name in ("marble-paper", "min-norm", "uniform"):
+    for name in ("marble-paper", "marble", "uniform"):
         plain, pulled = (take(policy, rows, rule(name), loss=which).gradient for which in (LOSS, loss))
         assert_trees({n: pulled[n] - plain[n] for n in plain}, pull, 1e-5)
 
@@ -197,7 +197,7 @@ def test_min_norm_balances_the_signal_and_adds_the_shared_part_once(policy: Poli
     h, prox = signal_gradients(policy, rows)
     matrix = torch.stack([flat(x) for x in h])
     solution = harmonize(matrix @ matrix.mT)
-    sharp = rule("min-norm", SolveConfig(rho=0.0))  # no memory: the fresh solution itself
+    sharp = rule("marble", SolveConfig(rho=0.0))  # no memory: the fresh solution itself
     expected = solution.coefficients @ matrix + flat(prox)
     found = take(policy, rows, sharp)
     torch.testing.assert_close(flat(found.gradient), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
@@ -207,8 +207,8 @@ def test_norm_corrected_coefficients_reproduce_the_refresh_in_one_pass(policy: P
     rows = some_rows(A_scale=4.0)  # some advantages are clamped
     assert (rows.A.abs() > 5).any()
     for solve in (SolveConfig(), SolveConfig(gradients="full"), SolveConfig(normalize=False, guard=0.0)):
-        first = take(policy, rows, rule("min-norm", solve))
-        again = take(policy, rows, rule("min-norm", solve), balance=first.balance, refresh=False)
+        first = take(policy, rows, rule("marble", solve))
+        again = take(policy, rows, rule("marble", solve), balance=first.balance, refresh=False)
         assert_trees(again.gradient, first.gradient)
 
 
@@ -216,12 +216,12 @@ def test_without_normalization_the_weights_are_the_min_norm_point_of_the_raw_gra
     policy: Policy, rows: Rows
 ) -> None:
     matrix = torch.stack([flat(x) for x in signal_gradients(policy, rows)[0]])
-    found = take(policy, rows, rule("min-norm", SolveConfig(normalize=False, guard=0.0, rho=0.0)))
+    found = take(policy, rows, rule("marble", SolveConfig(normalize=False, guard=0.0, rho=0.0)))
     w = min_norm_weights(matrix @ matrix.mT)
     torch.testing.assert_close(found.balance.applied, w, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["marble", "min-norm", "marble-paper", "uniform"])
+@pytest.mark.parametrize("name", ["soft-min", "marble", "marble-paper", "uniform"])
 @pytest.mark.parametrize("form", ["x0", "velocity"])
 def test_the_shared_pass_equals_k_passes(policy: Policy, rows: Rows, name: str, form: Any) -> None:
     loss = dataclasses.replace(LOSS, form=form, kl_weight=0.1)
@@ -230,7 +230,7 @@ def test_the_shared_pass_equals_k_passes(policy: Policy, rows: Rows, name: str, 
     assert_trees(shared.gradient, separate.gradient)
 
 
-@pytest.mark.parametrize("name", ["marble", "min-norm", "marble-paper", "weighted-sum"])
+@pytest.mark.parametrize("name", ["soft-min", "marble", "marble-paper", "weighted-sum"])
 @pytest.mark.parametrize("refresh", [True, False])
 def test_micro_batches_only_save_memory(policy: Policy, rows: Rows, name: str, refresh: bool) -> None:
     whole, parts = (take(policy, rows, rule(name), refresh=refresh, micro_batch=n) for n in (B, 2))
@@ -316,16 +316,16 @@ def gram_of(trees: list[Tree]) -> Tensor:
 @pytest.mark.parametrize("refresh", [True, False])
 def test_the_prior_alone_is_a_weighted_mean_of_signals(policy: Policy, rows: Rows, refresh: bool) -> None:
     prior = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
-    found = take(policy, rows, rule("marble"), prior=prior, refresh=refresh)
+    found = take(policy, rows, rule("soft-min"), prior=prior, refresh=refresh)
     assert_trees(found.gradient, plain_gradient(policy, rows, combine_interpolation(prior, interpolation(rows.A))))
     assert found.balance.applied.tolist() == [0.0] * K
-    assert applied_coefficients(rule("marble"), found.balance, prior).tolist() == prior.tolist()
+    assert applied_coefficients(rule("soft-min"), found.balance, prior).tolist() == prior.tolist()
 
 
 def test_the_cone_is_the_projection_of_the_priors_direction(policy: Policy, rows: Rows) -> None:
     prior = torch.tensor([0.1, 0.8, 0.1], dtype=torch.float64)
     opposed = rows._replace(A=torch.stack([rows.A[:, 0], rows.A[:, 1], -rows.A[:, 1] + 0.3 * rows.A[:, 2]], 1))
-    cone = rule("marble", SolveConfig(solver="cone"))
+    cone = rule("soft-min", SolveConfig(solver="cone"))
     first = take(policy, opposed, cone, prior=prior)
     h, prox = signal_gradients(policy, opposed)
     c = cone_weights(gram_of(h), prior)
@@ -341,7 +341,7 @@ def test_the_cone_is_the_projection_of_the_priors_direction(policy: Policy, rows
 
 
 def test_between_refreshes_the_cone_follows_the_prior(policy: Policy, rows: Rows) -> None:
-    cone = rule("marble", SolveConfig(solver="cone"))
+    cone = rule("soft-min", SolveConfig(solver="cone"))
     state = take(policy, rows, cone).balance
     other = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
     torch.testing.assert_close(applied_coefficients(cone, state, other), other + state.applied)
@@ -350,7 +350,7 @@ def test_between_refreshes_the_cone_follows_the_prior(policy: Policy, rows: Rows
 def test_one_refresh_shrinks_everything_to_the_prior(policy: Policy, rows: Rows) -> None:
     """With one refresh no error is known, so that no signal can be told from zero."""
     prior = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
-    found = take(policy, rows, rule("min-norm", SolveConfig(shrink=True, rho=0.0)), prior=prior)
+    found = take(policy, rows, rule("marble", SolveConfig(shrink=True, rho=0.0)), prior=prior)
     torch.testing.assert_close(found.balance.coefficients.weights, prior)
     h, _ = signal_gradients(policy, rows)
     norms = torch.stack([flat(x).norm() for x in h])
@@ -359,7 +359,7 @@ def test_one_refresh_shrinks_everything_to_the_prior(policy: Policy, rows: Rows)
 
 def test_steps_collected_for_a_solve(policy: Policy, rows: Rows) -> None:
     """The solve sees the mean over the collected steps; the step goes along its own rows."""
-    several = rule("min-norm", SolveConfig(accumulate=2, refresh_every=2, rho=0.0, guard=0.0))
+    several = rule("marble", SolveConfig(accumulate=2, refresh_every=2, rho=0.0, guard=0.0))
     others = some_rows()._replace(A=rows.A.flip(0))
     first = take(policy, others, several, refresh=False, collect=True)
     assert first.refresh is None
@@ -373,7 +373,7 @@ def test_steps_collected_for_a_solve(policy: Policy, rows: Rows) -> None:
 
 
 def test_a_step_along_moments(policy: Policy, rows: Rows) -> None:
-    smooth = rule("min-norm", SolveConfig(gram="moments", step="moments", decay=0.5, rho=0.0, guard=0.0))
+    smooth = rule("marble", SolveConfig(gram="moments", step="moments", decay=0.5, rho=0.0, guard=0.0))
     others = some_rows()._replace(A=rows.A.flip(0))
     first = take(policy, others, smooth)
     second = take(policy, rows, smooth, balance=first.balance)
@@ -385,7 +385,7 @@ def test_a_step_along_moments(policy: Policy, rows: Rows) -> None:
 
 def test_the_metric_of_the_optimizer(policy: Policy, rows: Rows) -> None:
     metric = {n: torch.linspace(0.1, 3.0, p.numel()).reshape(p.shape).double() for n, p in parameters(policy).items()}
-    found = take(policy, rows, rule("min-norm", SolveConfig(metric="adam", rho=0.0, guard=0.0)), metric=metric)
+    found = take(policy, rows, rule("marble", SolveConfig(metric="adam", rho=0.0, guard=0.0)), metric=metric)
     h, _ = signal_gradients(policy, rows)
     c = harmonize(gram_of([{n: x[n] * metric[n].sqrt() for n in x} for x in h])).coefficients
     torch.testing.assert_close(found.balance.applied, c, rtol=1e-4, atol=1e-6)
@@ -420,7 +420,7 @@ def test_micro_batches_cover_every_row_once(rows: Rows) -> None:
 
 
 @pytest.mark.parametrize("refresh", [True, False])
-@pytest.mark.parametrize("name", ["marble-paper", "min-norm", "marble", "weighted-sum"])
+@pytest.mark.parametrize("name", ["marble-paper", "marble", "soft-min", "weighted-sum"])
 def test_shares_of_the_rows_that_are_added_up_make_the_same_step(
     policy: Policy, rows: Rows, monkeypatch: pytest.MonkeyPatch, name: str, refresh: bool
 ) -> None:

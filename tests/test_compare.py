@@ -118,9 +118,9 @@ def write(config: Config, lines: list[dict[str, Any]]) -> None:
 
 
 def made_up(folder: Path, seeds: int = 2) -> dict[str, list[Config]]:
-    plans = plan_runs(SETTINGS, ("marble", "uniform"), seeds, folder)
+    plans = plan_runs(SETTINGS, ("soft-min", "uniform"), seeds, folder)
     for s in range(seeds):
-        write(plans["marble"][s], records(plans["marble"][s], (0.25, 0.06, 0.3), cpu=60.0))
+        write(plans["soft-min"][s], records(plans["soft-min"][s], (0.25, 0.06, 0.3), cpu=60.0))
         write(plans["uniform"][s], records(plans["uniform"][s], (0.5, -0.02, 0.3), cpu=30.0))
     return plans
 
@@ -139,13 +139,13 @@ def test_tables_of_made_up_runs(tmp_path: Path) -> None:
     assert gains["jpeg"][2] == "-0.020 [-0.020, -0.020] **lowered**"
     assert gains["objects (not trained)"][1] == "+0.300 [+0.300, +0.300] raised"
     marble, uniform = rows(text, "| marble |"), rows(text, "| uniform |")
-    assert marble[0] == ["marble", "2", "20", "2", "2.0"]
-    assert marble[1] == ["marble", "+0.50", "+0.60", "+0.50 [+0.50, +0.50] (text)"]
+    assert marble[0] == ["soft-min", "2", "20", "2", "2.0"]
+    assert marble[1] == ["soft-min", "+0.50", "+0.60", "+0.50 [+0.50, +0.50] (text)"]
     assert uniform[1] == ["uniform", "+1.00", "-0.20", "-0.20 [-0.20, -0.20] (jpeg)"]
     assert rows(text, "| marble - uniform |") == [["marble - uniform", "+0.70 [+0.70, +0.70]", "larger"]]
     # equal compute: uniform is done when marble is half way
     assert "Budget: 1.0 CPU minutes." in text
-    assert marble[2] == ["marble", "+0.25 [+0.25, +0.25]", "+0.30 [+0.30, +0.30]", "+0.25"]
+    assert marble[2] == ["soft-min", "+0.25 [+0.25, +0.25]", "+0.30 [+0.30, +0.30]", "+0.25"]
     assert marble[3][1:] == ["+0.500 [+0.500, +0.500]", *["-0.100 [-0.100, -0.100]"] * 2, "+0.300 [+0.300, +0.300]"]
 
 
@@ -160,7 +160,7 @@ def test_figures_and_numbers_are_reproducible(tmp_path: Path) -> None:
     assert summary["gains"]["uniform"]["jpeg"]["mean"] == pytest.approx(-0.02)
     assert summary["within_std"] == {"text": 0.5, "jpeg": 0.1, "objects": 1.0}
     assert summary["differences"]["uniform"]["mean"] == pytest.approx(0.7)
-    assert summary["equal_compute"]["marble"]["text"]["mean"] == pytest.approx(0.25)
+    assert summary["equal_compute"]["soft-min"]["text"]["mean"] == pytest.approx(0.25)
     assert summary["cosines"]["uniform"]["jpeg, next batch"]["mean"] == pytest.approx(0.3)
     assert summary["folders"]["uniform"] == [str(tmp_path / "uniform" / f"seed-{s}") for s in range(2)]
 
@@ -176,8 +176,8 @@ def test_only_seeds_that_all_have(tmp_path: Path) -> None:
     assert "Seeds [1] are left out" in text
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert (summary["seeds"], summary["left_out"]) == ([0], [1])
-    assert summary["cosines"]["marble"]["text, next batch"] == {"mean": -0.1, "low": None, "high": None}
-    (plans["marble"][0].run / "metrics.jsonl").unlink()
+    assert summary["cosines"]["soft-min"]["text, next batch"] == {"mean": -0.1, "low": None, "high": None}
+    (plans["soft-min"][0].run / "metrics.jsonl").unlink()
     with pytest.raises(ConfigError, match="no seed that every rule has finished"):
         compare(plans, tmp_path, jobs=1, tables_only=True)
 
@@ -196,23 +196,23 @@ def test_a_run_that_went_on_is_read_up_to_the_epochs_compared(tmp_path: Path) ->
 def test_cosines_that_do_not_exist_are_passed_over(tmp_path: Path) -> None:
     plans = made_up(tmp_path, seeds=1)
     fresh = {"next_cosines": {"text": None, "jpeg": 0.1}, "min_cosine": None, "next_min_cosine": 0.1}
-    with (plans["marble"][0].run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    with (plans["soft-min"][0].run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"kind": "refresh", "epoch": 1, **fresh}) + "\n")
-    assert read_run(plans["marble"][0]).cosines == pytest.approx([0.5, 0.0, -0.1, 0.2])
+    assert read_run(plans["soft-min"][0]).cosines == pytest.approx([0.5, 0.0, -0.1, 0.2])
 
 
 def test_a_finished_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
     config = made_up(tmp_path)["uniform"][1]
     other = dataclasses.replace(config, threads=3, log=dataclasses.replace(config.log, trackers=("tensorboard",)))
     (config.run / "config.toml").write_text(to_toml(other), encoding="utf-8")
-    plan_runs(SETTINGS, ("marble", "uniform"), 2, tmp_path)
+    plan_runs(SETTINGS, ("soft-min", "uniform"), 2, tmp_path)
     for wrong in (
         dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1.0)),
         dataclasses.replace(config, log=dataclasses.replace(config.log, eval_prompts=4)),
     ):
         (config.run / "config.toml").write_text(to_toml(wrong), encoding="utf-8")
         with pytest.raises(ConfigError, match=r"uniform/seed-1 was made by another configuration"):
-            plan_runs(SETTINGS, ("marble", "uniform"), 2, tmp_path)
+            plan_runs(SETTINGS, ("soft-min", "uniform"), 2, tmp_path)
 
 
 def test_rules_that_are_not_judged_alike_are_refused(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_rules_that_are_not_judged_alike_are_refused(tmp_path: Path) -> None:
 
 def test_rules_from_files(tmp_path: Path) -> None:
     file = tmp_path / "cone.toml"
-    file.write_text('balance = "marble"\n[solve]\nsolver = "cone"\n', encoding="utf-8")
+    file.write_text('balance = "soft-min"\n[solve]\nsolver = "cone"\n', encoding="utf-8")
     plans = plan_runs(SETTINGS, (f"mine={file}", "uniform"), 2, tmp_path)
     assert list(plans) == ["mine", "uniform"]
     assert plans["mine"][1].solve.solver == "cone"
@@ -253,10 +253,10 @@ def test_rows_behind_a_solve() -> None:
     def rows(balance: str, **switches: Any) -> int | None:
         return rows_a_solve(dataclasses.replace(twelve, balance=balance, solve=SolveConfig(**switches)))
 
-    assert rows("marble") is rows("uniform") is rows("weighted-sum") is None
-    assert rows("marble-paper") == rows("marble", solver="cone") == 432
+    assert rows("soft-min") is rows("uniform") is rows("weighted-sum") is None
+    assert rows("marble-paper") == rows("soft-min", solver="cone") == 432
     assert rows("marble-paper", accumulate=10) == 4320
-    assert rows("min-norm", gram="moments", decay=0.9) == 8208
+    assert rows("marble", gram="moments", decay=0.9) == 8208
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None
 
 
 def test_a_failed_run_is_named_and_no_other_one_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = plan_runs(SETTINGS, ("uniform", "marble"), 2, tmp_path)
+    plans = plan_runs(SETTINGS, ("uniform", "soft-min"), 2, tmp_path)
     slow = f"sleep 1; touch {tmp_path / 'ended'}"
     stand_in(tmp_path, monkeypatch, f"case $7 in *uniform*) echo out of memory; exit 3;; *) {slow};; esac")
     message = r"uniform/seed-0 ended with status 3; .*seed-0\.log ends with\nout of memory"
@@ -299,7 +299,7 @@ def test_the_command_trains_once_and_goes_on(tmp_path: Path, capsys: pytest.Capt
     tiny = preset("tiny")
     file = tmp_path / "tiny.toml"
     file.write_text(to_toml(dataclasses.replace(tiny, epochs=1)), encoding="utf-8")
-    common = ["compare", "--rules", "marble", "uniform", "--seeds", "1", "--config", str(file), "--jobs", "2"]
+    common = ["compare", "--rules", "soft-min", "uniform", "--seeds", "1", "--config", str(file), "--jobs", "2"]
     common += ["--folder", str(tmp_path / "out")]
     assert main(common) == 0
     first = capsys.readouterr().out
@@ -312,8 +312,8 @@ def test_the_command_trains_once_and_goes_on(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_run_that_was_begun_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = plan_runs(SETTINGS, ("marble", "uniform"), 2, tmp_path)
-    write(plans["marble"][0], records(plans["marble"][0], (1.0, 1.0, 1.0), cpu=1.0))
+    plans = plan_runs(SETTINGS, ("soft-min", "uniform"), 2, tmp_path)
+    write(plans["soft-min"][0], records(plans["soft-min"][0], (1.0, 1.0, 1.0), cpu=1.0))
     write(plans["uniform"][0], records(plans["uniform"][0], (1.0, 1.0, 1.0), cpu=1.0)[:-1])
     stand_in(tmp_path, monkeypatch, 'echo "$@" >> ' + str(tmp_path / "seen"))
     with pytest.raises(ConfigError, match="no seed that every rule has finished"):

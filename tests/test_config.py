@@ -258,9 +258,9 @@ def test_rules_have_the_switches_of_their_papers() -> None:
         rule = rule_of(Config(balance=balance))
         return rule.kind, rule.solver, rule.gradients, rule.guard, rule.amortize
 
-    assert switches("marble")[:2] == ("solve", "prior")
+    assert switches("soft-min")[:2] == ("solve", "prior")
     assert rule_of(Config()).softmin > 0
-    assert switches("min-norm") == ("solve", "min-norm", "signal", 0.5, "norm_corrected")
+    assert switches("marble") == ("solve", "min-norm", "signal", 0.5, "norm_corrected")
     assert switches("marble-paper") == ("solve", "min-norm", "full", 0.0, "paper")
     assert switches("weighted-sum")[0] == "weighted-sum"
     assert switches("uniform")[0] == "uniform"
@@ -397,7 +397,7 @@ def test_the_last_value_that_can_be(key: str, value: object) -> None:
 
 def base_of(key: str) -> Config:
     """A rule that has every switch of solving."""
-    return Config(balance="min-norm" if key.startswith("solve.") else "marble")
+    return Config(balance="marble" if key.startswith("solve.") else "soft-min")
 
 
 @pytest.mark.parametrize(
@@ -485,10 +485,10 @@ def test_a_rule_that_does_not_solve_measures_cosines_as_told_and_has_no_tail(bal
 
 
 def test_raw_gradients_only_without_what_is_about_unit_ones() -> None:
-    validate(Config(balance="min-norm", solve=SolveConfig(normalize=False, guard=0.0)))
+    validate(Config(balance="marble", solve=SolveConfig(normalize=False, guard=0.0)))
     validate(Config(balance="marble-paper", solve=SolveConfig(normalize=False)))
     with pytest.raises(ConfigError, match=r"solve\.amortize paper for full gradients that are not normalized"):
-        validate(Config(balance="min-norm", solve=SolveConfig(gradients="full", normalize=False, guard=0.0)))
+        validate(Config(balance="marble", solve=SolveConfig(gradients="full", normalize=False, guard=0.0)))
 
 
 def test_weights_of_rewards_go_with_the_weighted_sum() -> None:

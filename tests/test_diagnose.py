@@ -85,7 +85,7 @@ def test_without_noise_every_direction_is_what_its_rule_says() -> None:
     assert found("uniform") == pytest.approx([0.5, 0.5, 0.0, 0.0])
     assert found("weighted-sum") == pytest.approx([0.0, 0.0, 1.0, 0.0])
     unit = np.array([3.0, 1.0]) / 4  # min-norm of two unit gradients is half and half
-    for label in ("marble-paper", "min-norm"):
+    for label in ("marble-paper", "marble"):
         assert found(label)[:K] == pytest.approx(unit, abs=1e-4)
     a, b, c = float(S[0, 0]), float(S[1, 1]), float(S[0, 1])
     w = (b - c) / (a + b - 2 * c)
@@ -105,7 +105,7 @@ def test_held_out_gain_of_the_best_direction_is_one() -> None:
 
 def test_noise_makes_a_same_batch_cosine_for_free_and_no_gain() -> None:
     bank = bank_of(torch.zeros(K, P, dtype=torch.float64), 1.0)
-    for p in curve(bank, "min-norm", CONFIG, 1.0):
+    for p in curve(bank, "marble", CONFIG, 1.0):
         assert p.minima[0] == pytest.approx(1 / math.sqrt(K), abs=0.1)
         assert p.minima[1] < 0.05
         assert (abs(p.gain) < 5 * p.gain_error + 1e-9).all()

@@ -37,7 +37,7 @@ from reference.sharding import can_shard, shard_base
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6
 RULES = {
-    "marble": {"solve": SolveConfig(refresh_every=2)},
+    "soft-min": {"solve": SolveConfig(refresh_every=2)},
     "marble-paper": {"balance": "marble-paper", "solve": SolveConfig(refresh_every=1)},
     "weighted-sum": {"balance": "weighted-sum", "solve": SolveConfig(refresh_every=2)},
     "sharded": {"balance": "marble-paper", "solve": SolveConfig(refresh_every=2)},
@@ -46,7 +46,7 @@ RULES = {
     },
 }
 EXACT = 1e-5 if torch.__version__.startswith("2.6.") else 1e-6  # applied coefficients; 2.6 rounds otherwise, 3e-6 here
-COMPARED = ("marble", "marble-paper", "weighted-sum", *(["sharded"] if can_shard() else []))  # "cone" is handed on
+COMPARED = ("soft-min", "marble-paper", "weighted-sum", *(["sharded"] if can_shard() else []))  # "cone" is handed on
 
 
 def config(run: Path, rule: str, epochs: int = 2) -> Config:
@@ -225,7 +225,7 @@ def test_several_processes_are_one(runs: Path, rule: str, size: int) -> None:
 
 
 def test_the_steps_of_these_runs_leave_processes_without_rows() -> None:
-    this = config(Path("run"), "marble")
+    this = config(Path("run"), "soft-min")
     parts = [set(part.tolist()) for epoch in (0, 1) for part in images_of_steps(12, this, epoch)]
     empty = [not part & set(share_of(12, World(rank, 3))) for part in parts for rank in range(3)]
     assert any(empty)

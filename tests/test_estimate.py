@@ -18,7 +18,7 @@ SIGNALS = torch.tensor([[0.3, 0.0, 0.1], [0.0, 0.2, -0.1], [0.0, 0.0, 0.0]], dty
 
 
 def rule(**switches: Any) -> Rule:
-    return rule_of(Config(balance="min-norm", solve=SolveConfig(**switches)))
+    return rule_of(Config(balance="marble", solve=SolveConfig(**switches)))
 
 
 def halves(seed: int, noise: float = 1.0) -> tuple[Tree, Tree]:

@@ -154,7 +154,7 @@ def add_images(run: Path) -> None:
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a run that has everything."""
-    config = 'seed = 0\nbalance = "marble"\n[solve]\nnote = "</pre><em>"\n'
+    config = 'seed = 0\nbalance = "soft-min"\n[solve]\nnote = "</pre><em>"\n'
     run = write_run(tmp_path_factory.mktemp("runs") / "full", *records(), config=config)
     add_images(run)
     return write_report(run)
@@ -202,7 +202,7 @@ def test_conflict_rates_have_wilson_intervals(page: Page) -> None:
 def test_health_warnings_and_configuration(page: Page) -> None:
     assert "Skipped steps: 1 of 4." in page.inside("p")
     assert page.inside("li") == ["Epoch 1: reward <text> was silent"]
-    assert "".join(page.inside("pre")) == 'seed = 0\nbalance = "marble"\n[solve]\nnote = "</pre><em>"\n'
+    assert "".join(page.inside("pre")) == 'seed = 0\nbalance = "soft-min"\n[solve]\nnote = "</pre><em>"\n'
 
 
 def test_images_are_embedded(page: Page) -> None:

@@ -220,7 +220,7 @@ def refresh(tiny_sd3: Path, cache: Path) -> Refresh:
         config = config_of(tiny_sd3, cache, precision=precision, gradient_checkpointing=checkpointing)
         base, policy = load_model(config, PROMPTS)
         drifted(policy)
-        rule = rule_of(dataclasses.replace(config, balance="min-norm", solve=SolveConfig()))
+        rule = rule_of(dataclasses.replace(config, balance="marble", solve=SolveConfig()))
         step = Step(True, False, False, torch.full((5,), 0.2, dtype=torch.float64), None, None)
         loss = dataclasses.replace(config.loss, kl_weight=1e-2)
         balance = init_balance(5, rule, parameters(policy))

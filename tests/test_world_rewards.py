@@ -33,7 +33,12 @@ FIVE: dict[str, Callable[..., Any]] = {
     "colourfulness": rewards.colourfulness,
     "jpeg": rewards.jpeg,
 }
-ALL = {**FIVE, "objects_strict": rewards.objects_strict}
+ALL = {
+    **FIVE,
+    "objects_strict": rewards.objects_strict,
+    "sharpness": rewards.sharpness,
+    "contrast": rewards.contrast,
+}
 
 
 @cache
@@ -391,6 +396,42 @@ def test_jpeg_is_the_size_of_the_file_in_kilobytes() -> None:
     flat, noise = values[3:]
     assert flat > values[:3].max()
     assert noise < values[:3].min()
+
+
+# --- sharpness and contrast
+
+
+def test_sharpness_by_hand() -> None:
+    ramp = torch.arange(32.0) / 100  # of the luma, whatever the channels: their weights add up to 1
+    across = ramp.expand(1, 3, 32, 32)
+    assert float(rewards.sharpness(across, [""])) == pytest.approx(0.01, rel=1e-4)
+    assert float(rewards.sharpness(across.mT, [""])) == pytest.approx(0.01, rel=1e-4)
+    assert float(rewards.sharpness((across + across.mT) / 2, [""])) == pytest.approx(0.005 * 2**0.5, rel=1e-4)
+    green = torch.zeros(1, 3, 32, 32)
+    green[:, 1] = ramp
+    assert float(rewards.sharpness(green, [""])) == pytest.approx(0.00587, rel=1e-4)
+    assert float(rewards.sharpness(torch.full((1, 3, 32, 32), 0.7), [""])) == pytest.approx(0.0, abs=1e-7)
+
+
+def test_contrast_by_hand() -> None:
+    halves = torch.zeros(2, 3, 32, 32)
+    halves[:, :, :16] = 1.0  # half black, half white: the largest standard deviation in [0, 1]
+    halves[1] = 0.25 + halves[1] / 2
+    assert rewards.contrast(halves, ["", ""]).tolist() == pytest.approx([0.5, 0.25], rel=1e-5)
+    assert float(rewards.contrast(torch.full((1, 3, 32, 32), 0.7), [""])) == pytest.approx(0.0, abs=1e-6)
+    red = torch.zeros(1, 3, 32, 32)
+    red[:, 0, :16] = 1.0
+    assert float(rewards.contrast(red, [""])) == pytest.approx(0.299 / 2, rel=1e-5)
+
+
+def test_blur_lowers_sharpness_and_noise_raises_it() -> None:
+    images = truth()[2][:20]
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    noisy = (images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    sharp = [rewards.sharpness(x, [""] * 20) for x in (blurred, images, noisy)]
+    assert (sharp[0] < sharp[1]).all()
+    assert (sharp[1] < sharp[2]).all()
+    assert (rewards.jpeg(noisy, [""] * 20) < rewards.jpeg(images, [""] * 20)).all()
 
 
 # --- every reward

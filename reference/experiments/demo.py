@@ -11,7 +11,7 @@ from reference.config import Config
 from reference.report import reward_table, write_comparison
 from reference.train import train
 
-RULES = ("weighted-sum", "marble")
+RULES = ("weighted-sum", "soft-min")
 
 
 def demo(settings: Config) -> str:

@@ -32,11 +32,11 @@ RULES: dict[str, tuple[str, SolveConfig]] = {
     "weighted-sum": ("weighted-sum", SolveConfig()),
     "uniform": ("uniform", SolveConfig()),
     "marble-paper": ("marble-paper", SolveConfig()),
-    "min-norm": ("min-norm", SolveConfig()),
-    "min-norm, halves": ("min-norm", SolveConfig(gram="halves", shrink=True)),
-    "raw min-norm, halves": ("min-norm", SolveConfig(gram="halves", normalize=False, guard=0.0)),
-    "cone": ("marble", SolveConfig(solver="cone", softmin=0.0)),
     "marble": ("marble", SolveConfig()),
+    "min-norm, halves": ("marble", SolveConfig(gram="halves", shrink=True)),
+    "raw min-norm, halves": ("marble", SolveConfig(gram="halves", normalize=False, guard=0.0)),
+    "cone": ("soft-min", SolveConfig(solver="cone", softmin=0.0)),
+    "soft-min": ("soft-min", SolveConfig()),
 }
 
 

@@ -1,4 +1,4 @@
-"""Five rewards of the small world, computed from pixels: objects, text, similarity, colourfulness, JPEG size."""
+"""Rewards of the small world, computed from pixels."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from reference.world.similarity import DualEncoder, load_dual_encoder
 
 _WRONG_RELATION = 0.6  # what is left of a score whose objects are right but stand wrong
 _SURE = 0.8  # confidence that the strict variant asks for
+_LUMA = (0.299, 0.587, 0.114)  # red, green, blue
 _COLOURFUL = 109 / 255  # "extremely colourful" in Hasler and Suesstrunk's Table 2, on pixels in [0, 1]
 
 
@@ -142,6 +143,26 @@ def jpeg(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any] = ()) -
     return torch.tensor([-size(array) for array in arrays])
 
 
+def _luma(images: Tensor) -> Tensor:
+    """Brightness of each pixel ``[N, H, W]`` (Rec. 601)."""
+    return (images.detach().float() * torch.tensor(_LUMA, device=images.device).reshape(3, 1, 1)).sum(1)
+
+
+def sharpness(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any] = ()) -> Tensor:
+    """Mean length of the luma's gradient, by differences of neighbouring pixels: 0 for a flat image, at most 1.42.
+
+    Edges raise it, and so does noise: it pulls against ``jpeg``, which both of them make larger.
+    """
+    y = _luma(images)
+    across, down = y[:, :-1, 1:] - y[:, :-1, :-1], y[:, 1:, :-1] - y[:, :-1, :-1]
+    return torch.hypot(across, down).flatten(1).mean(1)
+
+
+def contrast(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any] = ()) -> Tensor:
+    """Standard deviation of the luma over the pixels (RMS contrast, Peli 1990): 0 for a flat image, at most 1/2."""
+    return _luma(images).flatten(1).std(1, correction=0)
+
+
 REWARDS: dict[str, Reward] = {
     "objects": objects,
     "objects_strict": objects_strict,
@@ -149,4 +170,6 @@ REWARDS: dict[str, Reward] = {
     "similarity": similarity,
     "colour": colourfulness,
     "jpeg": jpeg,
+    "sharpness": sharpness,
+    "contrast": contrast,
 }
