@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from marble_core import refresh_due
-from reference.config import Config, Rule, is_world, rule_of, pulls, training_times
+from reference.config import Config, Rule, is_world, pulls, rule_of, training_times
 from reference.errors import ConfigError
 from reference.model import load_model
 from reference.policy import parameters, target_layers, velocity

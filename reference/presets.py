@@ -52,8 +52,8 @@ def preset(name: Preset) -> Config:
 
     ``world``: the small world for 20-30 minutes on two cores, with rewards that hardly conflict. ``world-conflict``:
     the same with rewards of which one pulls against three others. ``demo``: a few minutes. ``tiny``: seconds, for
-    tests. ``sd35m``: Stable Diffusion 3.5 Medium with the paper's constants. ``sd35m-single-gpu``: the same for one card of
-    80 GB; docs/trainer.md says what it trades.
+    tests. ``sd35m``: Stable Diffusion 3.5 Medium with the paper's constants. ``sd35m-single-gpu``: the same for one
+    card of 80 GB; docs/trainer.md says what it trades.
     """
     if name in ("sd35m", "sd35m-single-gpu"):
         return _sd35m() if name == "sd35m" else _on_one_card(_sd35m())
