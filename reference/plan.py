@@ -98,9 +98,7 @@ def _memory(config: Config, P: int) -> dict[str, str]:
 def _time(config: Config, work: _Work, forward: float, train: float) -> dict[str, str]:
     """Lines about time, from seconds of a forward pass, and of forward and backward, of one image."""
     r, log = config.rollout, config.log
-    others = (
-        2.0 if config.loss.kl_weight > 0 or config.loss.norm_guard > 0 else 1.0
-    )  # forward passes of the old policy and of the base
+    others = 2.0 if pulls(config.loss) else 1.0  # forward passes of the old policy and of the base
     more = (_backwards(rule_of(config), len(config.rewards)) - 1) * work.all_rows / max(work.steps, 1)
     epoch = work.images * (r.steps * forward + work.J * (train + others * forward + more * (train - forward)))
     evaluations = 1 + math.ceil(config.epochs / (log.eval_every or config.epochs))

@@ -33,7 +33,7 @@ FIVE: dict[str, Callable[..., Any]] = {
     "colourfulness": rewards.colourfulness,
     "jpeg": rewards.jpeg,
 }
-ALL = {
+ALL: dict[str, Callable[..., Any]] = {
     **FIVE,
     "objects_strict": rewards.objects_strict,
     "sharpness": rewards.sharpness,
