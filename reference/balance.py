@@ -166,17 +166,15 @@ def solve(rule: Rule, signal: Signal, prior: Tensor) -> Harmonization:
     if rule.shrink:  # a norm that cannot be told from zero must not blow a coefficient up
         square = gram.diagonal()
         gram = gram + torch.diag((signal.error.nan_to_num(0.0) - square).clamp(min=0))
-    if rule.solver not in SOLVERS:
-        solution = harmonize(gram, solver=load_callable(rule.solver, "balance"))
-    else:
-        solution = harmonize(gram)
+    solver = min_norm_weights if rule.solver in SOLVERS else load_callable(rule.solver, "balance")
+    solution = harmonize(gram, solver=solver)
     if rule.solver in ("cone", "prior"):
         c = cone_weights(gram, prior) if rule.solver == "cone" else prior
         c = shrink_to_prior(c, prior, signal.square, signal.error) if rule.shrink else c
         return solution._replace(weights=c / c.sum(), coefficients=c)
     w = solution.weights
     if not rule.normalize:
-        w = min_norm_weights(torch.where(solution.active & solution.active.unsqueeze(-1), gram, 0.0)) * solution.active
+        w = solver(torch.where(solution.active & solution.active.unsqueeze(-1), gram, 0.0)) * solution.active
     if rule.shrink:
         w = shrink_to_prior(w, prior, signal.square, signal.error) * solution.active
     if rule.normalize and not rule.shrink:

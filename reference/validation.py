@@ -133,7 +133,6 @@ def _check_rule(config: Config, rule: Rule) -> None:
     _check(not full or (rule.gram in ("batch", "moments") and not rule.shrink), "solve.gradients signal with "
            "solve.shrink or a cross-Gram: the shared part is in both of its sides", "full")  # fmt: skip
     _check(not full or rule.step == "batch", "solve.gradients signal where solve.step is moments", "full")
-    _check(rule.normalize or not own, "no solve.normalize false with a rule of your own, which decides", False)
     _check(rule.normalize or rule.guard == 0, "solve.guard 0 where solve.normalize is false: the guard is about unit "
            "gradients", rule.guard)  # fmt: skip
     _check(not full or rule.amortize == "paper" or rule.normalize, "solve.amortize paper for full "

@@ -15,7 +15,7 @@ from reference.__main__ import main
 from reference.config import Config, LogConfig, rule_of
 from reference.errors import ConfigError
 from reference.experiments.bank import Bank, Indices
-from reference.experiments.diagnose import RULES, curve, diagnose, direction, signal_of
+from reference.experiments.diagnose import RULES, curve, diagnose, direction, limits, signal_of
 from reference.presets import preset
 from reference.toml import to_toml
 from reference.train import train
@@ -92,6 +92,28 @@ def test_without_noise_every_direction_is_what_its_rule_says() -> None:
     assert found("raw min-norm, halves")[:K] == pytest.approx([w, 1 - w], abs=1e-4)
     cone = found("cone")[:K]  # the mean lowers the first reward: its weight grows until it does so no longer
     assert float((S.numpy() @ cone)[0]) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_without_noise_the_limits_are_those_of_the_signals() -> None:
+    s = signals_at(2.4, (1.0, 3.0))
+    S = (s @ s.mT).numpy()
+    found = limits(bank_of(s, 1e-6), CONFIG)
+    mean = (S @ [0.5, 0.5]).mean() / math.sqrt(S.mean())
+    assert found["uniform"].gain == pytest.approx(S @ [0.5, 0.5] / math.sqrt(S.mean()) / mean, abs=1e-5)
+    unit = np.array([3.0, 1.0])  # min-norm of two unit gradients is half and half
+    assert found["marble"].gain == pytest.approx(S @ unit / math.sqrt(unit @ S @ unit) / mean, abs=1e-4)
+    assert found["marble"].coefficients == pytest.approx(unit / 4, abs=1e-5)
+    assert found["marble-paper"].gain == pytest.approx(found["marble"].gain, abs=1e-4)
+    # its weights of unit gradients applied to the raw ones are equal weights, which lower the short one
+    assert found["marble-paper, between refreshes"].gain == pytest.approx(found["uniform"].gain, abs=1e-4)
+    assert found["uniform"].gain.min() < 0 < found["marble"].gain.min()
+    assert found["weighted-sum"].gain == pytest.approx(S[0] / math.sqrt(S[0, 0]) / mean, abs=1e-4)
+
+
+def test_the_limit_is_free_of_noise() -> None:
+    s = signals_at(2.0)
+    close = limits(bank_of(s, 0.1, units=400), CONFIG)["uniform"].gain
+    assert close == pytest.approx(limits(bank_of(s, 1e-6), CONFIG)["uniform"].gain, abs=0.2)
 
 
 def test_held_out_gain_of_the_best_direction_is_one() -> None:

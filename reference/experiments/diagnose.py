@@ -35,6 +35,7 @@ RULES: dict[str, tuple[str, SolveConfig]] = {
     "marble": ("marble", SolveConfig()),
     "min-norm, halves": ("marble", SolveConfig(gram="halves", shrink=True)),
     "raw min-norm, halves": ("marble", SolveConfig(gram="halves", normalize=False, guard=0.0)),
+    "upgrad, halves": ("reference.experiments.peers:upgrad", SolveConfig(gram="halves", normalize=False)),
     "cone": ("soft-min", SolveConfig(solver="cone", softmin=0.0)),
     "soft-min": ("soft-min", SolveConfig()),
 }
@@ -105,10 +106,13 @@ def diagnose(config: Config, *, run: Path | None, units: int, held_out: int, ske
     signal = signal_of(bank, len(names))
     table = {label: curve(bank, label, config, signal.best) for label in RULES}
     units_a_step = max(1, config.rollout.prompts_per_epoch // config.optim.steps_per_epoch)
-    text = _tables(bank, names, signal, table, run) + "\n\n" + tilt.table(bank, names, units_a_step)
+    possible = limits(bank, config)
+    parts = (_tables(bank, names, signal, table, run), _limit_table(names, possible))
+    text = "\n\n".join([*parts, tilt.table(bank, names, units_a_step)])
     (folder / "diagnose.md").write_text(text + "\n", encoding="utf-8")
     plain = {label: [point._asdict() for point in points] for label, points in table.items()}
     data = {"rewards": names, "signal": signal._asdict(), "rules": plain, "unit_rows": bank.rows}
+    data |= {"signal_gram": unbiased(bank), "limits": {label: limit._asdict() for label, limit in possible.items()}}
     (folder / "diagnose.json").write_text(json.dumps(data, default=np.ndarray.tolist, indent=1), encoding="utf-8")
     _plot(names, table).savefig(folder / "diagnose.svg", metadata={"Date": None})
     return text
@@ -235,26 +239,106 @@ def direction(bank: Bank, rule: Rule, prior: Tensor, units: Indices, K: int) -> 
 
     Without the shared part, which every rule adds to its step alike; one that balances full gradients has it in them.
     """
+    H = bank.gram[units][:, :, units].mean((0, 2))
+    a, b = units[: len(units) // 2], units[len(units) // 2 :]
+    pairs = bank.gram[a][:, :K][:, :, b][:, :, :, :K]
+    scatter = np.einsum("ikjk->ijk", pairs).std((0, 1)) / math.sqrt(len(a) * len(b))
+    return _coefficients(rule, prior, H, pairs.mean((0, 2)), scatter)
+
+
+def _coefficients(rule: Rule, prior: Tensor, H: Array, C: Array, error: Array) -> Array:
+    """Coefficients ``[K + 2]`` of a rule's direction.
+
+    Args:
+        H: ``[K + 2, K + 2]``, Gram of the mean gradients.
+        C: ``[K, K]``, unbiased Gram of the signals.
+        error: ``[K]``, standard error of its diagonal.
+    """
+    K = len(C)
     x = np.zeros(K + 2)
     if rule.kind != "solve":
         x[:K], x[K] = (1 / K, 0.0) if rule.kind == "uniform" else (0.0, 1.0)
         return x
-    H = bank.gram[units][:, :, units].mean((0, 2))
-    a, b = units[: len(units) // 2], units[len(units) // 2 :]
-    pairs = bank.gram[a][:, :K][:, :, b][:, :, :, :K]
-    C = pairs.mean((0, 2))
     h = H[:K, :K]
     if rule.gradients == "full":
         h = h + H[:K, K + 1 :] + H[K + 1 :, :K] + H[K + 1, K + 1]
     gram = psd_part(torch.from_numpy(C)) if rule.gram in ("halves", "moment_halves") else torch.from_numpy(h)
-    square = torch.from_numpy(C.diagonal().copy())
-    scatter = np.einsum("ikjk->ijk", pairs).std((0, 1)) / math.sqrt(len(a) * len(b))
-    nothing = torch.full((K,), torch.nan, dtype=torch.float64)
-    c = solve(rule, Signal(gram, square, torch.from_numpy(scatter), nothing, nothing, None), prior).coefficients.numpy()
-    x[:K] = c
+    square, nothing = torch.from_numpy(C.diagonal().copy()), torch.full((K,), torch.nan, dtype=torch.float64)
+    signal = Signal(gram, square, torch.from_numpy(error), nothing, nothing, None)
+    x[:K] = solve(rule, signal, prior).coefficients.numpy()
     if rule.gradients == "full":
-        x[K + 1] = c.sum()
+        x[K + 1] = x[:K].sum()
     return x
+
+
+class Limit(NamedTuple):
+    """One rule at infinitely many rows.
+
+    Attributes:
+        gain: ``[K]``, of a step of unit length, in units of the mean gain of equal weights.
+        coefficients: ``[K]``, of the raw gradients, their absolute values adding up to 1; 0 for the weighted sum.
+    """
+
+    gain: Array
+    coefficients: Array
+
+
+def limits(bank: Bank, config: Config) -> dict[str, Limit]:
+    """What every rule would do without noise: the unbiased Gram of all groups takes the place of a batch's.
+
+    The paper's rule has two rows: a step at a refresh, and a step between two refreshes, where its weights of unit
+    gradients are applied to the raw ones.
+    """
+    K = len(config.rewards)
+    S = unbiased(bank)
+    psd = psd_part(torch.from_numpy(S)).numpy()
+    prior = torch.full((K,), 1.0 / K, dtype=torch.float64)
+    sure, found = np.zeros(K), {}
+    for label, (name, switches) in RULES.items():
+        rule = rule_of(dataclasses.replace(config, balance=name, solve=switches))
+        tilted = soft_min_weights(bank.gains, prior, rule.softmin, keep=rule.keep)
+        found[label] = _coefficients(rule, tilted, psd, psd[:K, :K], sure)
+    paper = found["marble-paper"].copy()
+    norms = np.sqrt(psd.diagonal()[:K] + 2 * psd[:K, K + 1] + psd[K + 1, K + 1])
+    paper[:K] *= norms / (paper[:K] * norms).sum()
+    paper[K + 1] = paper[:K].sum()
+    found["marble-paper, between refreshes"] = paper
+    unit = np.append(np.full(K, 1 / K), [0.0, 0.0])
+    mean = float(_gain(psd, unit)[:K].mean())
+    return {
+        label: Limit(_gain(psd, x)[:K] / mean, x[:K] / max(np.abs(x[:K]).sum(), 1e-300)) for label, x in found.items()
+    }
+
+
+def _gain(S: Array, x: Array) -> Array:
+    """First-order gains of a step of unit length along ``x``; NaN where that direction is 0, to rounding."""
+    length2 = float(x @ S @ x)
+    gain: Array = S @ x / math.sqrt(length2) if length2 > 1e-12 * x @ x * S.trace() else np.full(len(x), np.nan)
+    return gain
+
+
+def unbiased(bank: Bank) -> Array:
+    """Gram of the signals ``[K + 2, K + 2]``, from all pairs of different units."""
+    U = bank.gram.shape[0]
+    own = np.stack([bank.gram[u, :, u, :] for u in range(U)]).sum(0)
+    S: Array = (bank.gram.sum((0, 2)) - own) / (U * (U - 1))
+    symmetric: Array = (S + S.T) / 2
+    return symmetric
+
+
+def _limit_table(names: Sequence[str], found: Mapping[str, Limit]) -> str:
+    """What is possible, as Markdown."""
+    head = " | ".join(names)
+    lines = [
+        "What is possible: gains of a step of unit length with the unbiased Gram of all groups in place of a batch's, "
+        "as with\ninfinitely many rows, in units of the mean gain of equal weights; and the coefficients of the raw "
+        f"gradients.\n\n| rule | {head} | smallest | coefficients |\n|---|{'---|' * len(names)}---|---|"
+    ]
+    for label, limit in found.items():
+        gains = " | ".join(f"{g:+.2f}" for g in limit.gain)
+        shares = ", ".join(f"{c:.2f}" for c in limit.coefficients if limit.coefficients.any())
+        lines.append(f"| {label} | {gains} | {limit.gain.min():+.2f} | {shares} |")
+    return "\n".join(lines)
 
 
 def _tables(
