@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import tyro
@@ -26,7 +26,7 @@ from reference.arguments import (
     Similarity,
     Train,
 )
-from reference.config import Preset, is_world
+from reference.config import Config, Preset, is_world
 from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
 from reference.presets import preset
 from reference.toml import from_toml
@@ -96,7 +96,7 @@ def report_command(argv: Sequence[str]) -> None:
 def compare_command(argv: Sequence[str]) -> None:
     """``compare``."""
     a = tyro.cli(Compare, prog="python -m reference compare", args=list(argv))
-    from reference.experiments.compare import compare, plan_runs
+    from reference.experiments.compare import Screening, compare, plan_runs, screened
 
     world = preset(a.preset)
     settings = dataclasses.replace(
@@ -108,7 +108,11 @@ def compare_command(argv: Sequence[str]) -> None:
     )
     settings = from_toml(a.config, settings) if a.config is not None else settings
     folder = a.folder or Path("runs/compare") / a.preset
-    print(compare(plan_runs(settings, a.rules, a.seeds, folder), folder, jobs=a.jobs, tables_only=a.tables_only))
+    plans: Mapping[str, Sequence[Config]] = plan_runs(settings, a.rules, a.seeds, folder)
+    if a.finalists:
+        screening = Screening(a.screening_seeds, a.screening_epochs, a.finalists)
+        plans = screened(plans, folder, screening, jobs=a.jobs, tables_only=a.tables_only)
+    print(compare(plans, folder, jobs=a.jobs, tables_only=a.tables_only))
 
 
 def diagnose_command(argv: Sequence[str]) -> None:

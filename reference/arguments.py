@@ -86,6 +86,12 @@ class Compare:
     folder: Path | None = None
     """Where the runs and the tables go, by default runs/compare/ and the preset's name; finished runs are not repeated,
     and one that was stopped goes on."""
+    finalists: int = 0
+    """Rules that are trained to the end, chosen by a screening of all of them; 0 for all, without a screening."""
+    screening_seeds: int = 2
+    """Runs of each rule in the screening."""
+    screening_epochs: int = 40
+    """Epochs of each of them."""
     jobs: int = 1
     """Runs side by side, each in a process of its own."""
     threads: int = 0

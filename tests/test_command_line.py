@@ -44,7 +44,7 @@ def test_the_help_of_train_is_worth_reading(capsys: pytest.CaptureFixture[str]) 
     printed = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
     for words in (
         *BUILT_IN_RULES,
-        "{world,demo,tiny,sd35m,sd35m-single-gpu}",
+        "{world,world-conflict,demo,tiny,sd35m,sd35m-single-gpu}",
         "--solve.refresh-every",
         "--dry-run",
         "advantages are relative",

@@ -17,7 +17,7 @@ from reference.__main__ import main
 from reference.config import Config, LogConfig, SolveConfig, rule_of
 from reference.errors import ConfigError, TrainingError
 from reference.experiments import comparison
-from reference.experiments.compare import compare, plan_runs
+from reference.experiments.compare import Screening, compare, plan_runs, screened
 from reference.experiments.comparison import finished, read_run, rows_a_solve
 from reference.experiments.statistics import Array, crossed_interval, percentile, smallest, student
 from reference.presets import preset
@@ -138,15 +138,15 @@ def test_tables_of_made_up_runs(tmp_path: Path) -> None:
     assert gains["text"] == ["2.500", "+0.250 [+0.250, +0.250] raised", "+0.500 [+0.500, +0.500] raised"]
     assert gains["jpeg"][2] == "-0.020 [-0.020, -0.020] **lowered**"
     assert gains["objects (not trained)"][1] == "+0.300 [+0.300, +0.300] raised"
-    marble, uniform = rows(text, "| marble |"), rows(text, "| uniform |")
-    assert marble[0] == ["soft-min", "2", "20", "2", "2.0"]
-    assert marble[1] == ["soft-min", "+0.50", "+0.60", "+0.50 [+0.50, +0.50] (text)"]
+    soft_min, uniform = rows(text, "| soft-min |"), rows(text, "| uniform |")
+    assert soft_min[0] == ["soft-min", "2", "20", "2", "2.0"]
+    assert soft_min[1] == ["soft-min", "+0.50", "+0.60", "+0.50 [+0.50, +0.50] (text)"]
     assert uniform[1] == ["uniform", "+1.00", "-0.20", "-0.20 [-0.20, -0.20] (jpeg)"]
-    assert rows(text, "| marble - uniform |") == [["marble - uniform", "+0.70 [+0.70, +0.70]", "larger"]]
-    # equal compute: uniform is done when marble is half way
+    assert rows(text, "| soft-min - uniform |") == [["soft-min - uniform", "+0.70 [+0.70, +0.70]", "larger"]]
+    # equal compute: uniform is done when soft-min is half way
     assert "Budget: 1.0 CPU minutes." in text
-    assert marble[2] == ["soft-min", "+0.25 [+0.25, +0.25]", "+0.30 [+0.30, +0.30]", "+0.25"]
-    assert marble[3][1:] == ["+0.500 [+0.500, +0.500]", *["-0.100 [-0.100, -0.100]"] * 2, "+0.300 [+0.300, +0.300]"]
+    assert soft_min[2] == ["soft-min", "+0.25 [+0.25, +0.25]", "+0.30 [+0.30, +0.30]", "+0.25"]
+    assert soft_min[3][1:] == ["+0.500 [+0.500, +0.500]", *["-0.100 [-0.100, -0.100]"] * 2, "+0.300 [+0.300, +0.300]"]
 
 
 def test_figures_and_numbers_are_reproducible(tmp_path: Path) -> None:
@@ -321,9 +321,30 @@ def test_a_run_that_was_begun_is_resumed(tmp_path: Path, monkeypatch: pytest.Mon
     command = "-m reference train --config {0}.toml --run {0}"
     assert (tmp_path / "seen").read_text(encoding="utf-8").splitlines() == [
         command.format(tmp_path / "uniform/seed-0") + " --resume",
-        command.format(tmp_path / "marble/seed-1"),
+        command.format(tmp_path / "soft-min/seed-1"),
         command.format(tmp_path / "uniform/seed-1"),
     ]
+
+
+def test_a_screening_keeps_the_first_rule_and_the_best_others(tmp_path: Path) -> None:
+    """Two epochs a run; after the first of them, and with one of three seeds, the rules have half of their gains."""
+    plans = plan_runs(SETTINGS, ("soft-min", "uniform", "marble", "weighted-sum"), 3, tmp_path)
+    worst = {"soft-min": -0.5, "uniform": 0.1, "marble": 0.3, "weighted-sum": -0.2}
+    for label, configs in plans.items():
+        for s, config in enumerate(configs):
+            late = -9.0 if label == "marble" and s == 1 else 0.0  # a seed that the screening does not see
+            write(config, records(config, (1.0, worst[label] + late, 0.0), cpu=1.0))
+    once = Screening(seeds=1, epochs=1, finalists=2)
+    kept = screened(plans, tmp_path, once, jobs=1, tables_only=True)
+    assert list(kept) == ["soft-min", "marble"]
+    assert kept["marble"] == plans["marble"]  # all seeds, all epochs
+    table = (tmp_path / "screening" / "tables.md").read_text(encoding="utf-8")
+    assert "1 seeds" in table
+    assert list(screened(plans, tmp_path, once._replace(finalists=9), jobs=1, tables_only=True)) == list(plans)
+    assert list(screened(plans, tmp_path, once._replace(finalists=1), jobs=1, tables_only=True)) == ["soft-min"]
+    for wrong in (Screening(4, 1, 2), Screening(1, 3, 2), Screening(0, 1, 2), Screening(1, 1, 0)):
+        with pytest.raises(ConfigError, match="screening: expected seeds from 1 to 3, epochs from 1 to 2"):
+            screened(plans, tmp_path, wrong, jobs=1, tables_only=True)
 
 
 def test_gains_at_a_budget_between_evaluations() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 from reference.config import Config
 from reference.errors import ConfigError, TrainingError
@@ -74,6 +76,53 @@ def compare(plans: Mapping[str, Sequence[Config]], folder: Path, *, jobs: int, t
         in_turn = [config for configs in zip(*plans.values(), strict=True) for config in configs]
         _train_all([config for config in in_turn if not finished(config)], jobs)
     return write_tables(plans, folder)
+
+
+class Screening(NamedTuple):
+    """A short comparison that decides which rules are trained to the end.
+
+    Attributes:
+        seeds: runs of each rule.
+        epochs: of each run.
+        finalists: rules that go on, the first one and then those with the largest smallest standardized gain.
+    """
+
+    seeds: int
+    epochs: int
+    finalists: int
+
+
+def screened(
+    plans: Mapping[str, Sequence[Config]], folder: Path, screening: Screening, *, jobs: int, tables_only: bool
+) -> dict[str, Sequence[Config]]:
+    """Train all rules for a few epochs of a few seeds, write the tables to ``folder/screening``, and choose.
+
+    The runs of the finalists go on from there: nothing is trained twice.
+
+    Raises:
+        ConfigError: the screening is longer than the comparison, or there are no finalists.
+        TrainingError: a run failed; the command can be given again.
+    """
+    first, *_ = plans
+    seeds, epochs = len(plans[first]), plans[first][0].epochs
+    usable = 1 <= screening.seeds <= seeds and 1 <= screening.epochs <= epochs and screening.finalists >= 1
+    if not usable:
+        raise ConfigError(
+            f"screening: expected seeds from 1 to {seeds}, epochs from 1 to {epochs} and at least one finalist, got "
+            f"{screening.seeds}, {screening.epochs} and {screening.finalists}."
+        )
+    short = {
+        label: [dataclasses.replace(config, epochs=screening.epochs) for config in configs[: screening.seeds]]
+        for label, configs in plans.items()
+    }
+    (folder / "screening").mkdir(parents=True, exist_ok=True)
+    compare(short, folder / "screening", jobs=jobs, tables_only=tables_only)
+    summary = json.loads((folder / "screening" / "summary.json").read_text(encoding="utf-8"))
+    smallest = {label: found["mean"] for label, found in summary["smallest"].items()}
+    others = sorted((label for label in plans if label != first), key=lambda label: -smallest[label])
+    kept = {first, *others[: screening.finalists - 1]}
+    print(f"finalists of the screening: {', '.join(label for label in plans if label in kept)}", flush=True)
+    return {label: configs for label, configs in plans.items() if label in kept}
 
 
 def _train_all(waiting: Sequence[Config], jobs: int) -> None:
