@@ -155,7 +155,7 @@ def test_a_right_prompt_is_more_similar_than_another_of_its_kind() -> None:
 
 def test_the_accuracy_table_has_a_row_a_reward() -> None:
     lines = accuracy(count=10).splitlines()
-    assert [line.split(" | ")[0] for line in lines[:8]] == [
+    assert [line.split(" | ")[0] for line in lines[:10]] == [
         "| reward",
         "|---|---|---|---|",
         "| objects",
@@ -164,6 +164,8 @@ def test_the_accuracy_table_has_a_row_a_reward() -> None:
         "| similarity",
         "| colour",
         "| jpeg",
+        "| sharpness",
+        "| contrast",
     ]
     assert lines[2].startswith("| objects | 1.000 | ")
     assert "objects: exactly 1 on 100.0 % of 8 scenes." in lines
