@@ -1,7 +1,7 @@
 """Multi-reward balancing for diffusion RL: one advantage and one gradient per reward, one direction that improves all.
 
 Pure functions on tensors and pytrees, torch only. By topic: ``advantages``, ``nft``, ``gradients``, ``gram``,
-``noise``, ``simplex``, ``cone``, ``prior``, ``harmonize``, ``ema``, ``diagnostics``.
+``noise``, ``noise_aware``, ``simplex``, ``cone``, ``prior``, ``harmonize``, ``ema``, ``diagnostics``.
 """
 
 from marble_core.advantages import (
@@ -63,6 +63,7 @@ from marble_core.noise import (
     update_gram_ema,
     update_moments,
 )
+from marble_core.noise_aware import NoiseAware, SignalGram, noise_aware_weights, shrink_gram, signal_gram
 from marble_core.prior import shrink_to_prior, soft_min_weights
 from marble_core.shared_cotangent import SharedRows, shared_cotangent_rows
 from marble_core.simplex import min_norm_gap, min_norm_weights, project_simplex
@@ -82,7 +83,9 @@ __all__ = [
     "Guard",
     "Harmonization",
     "Moments",
+    "NoiseAware",
     "SharedRows",
+    "SignalGram",
     "SignalShare",
     "advantages_from_stats",
     "affine_residual",
@@ -115,6 +118,7 @@ __all__ = [
     "min_norm_gap",
     "min_norm_weights",
     "nft_loss",
+    "noise_aware_weights",
     "normalize_gram",
     "null_alignment",
     "old_policy_decay",
@@ -122,7 +126,9 @@ __all__ = [
     "psd_part",
     "refresh_due",
     "shared_cotangent_rows",
+    "shrink_gram",
     "shrink_to_prior",
+    "signal_gram",
     "signal_share",
     "soft_min_weights",
     "summarize_alignment_stats",

@@ -20,11 +20,12 @@ from marble_core import (
     init_coefficients,
     interpolation,
     min_norm_weights,
+    noise_aware_weights,
     null_alignment,
     shrink_to_prior,
     update_coefficients,
 )
-from reference.config import SOLVERS, LossConfig, Rule
+from reference.config import FROM_PRIOR, SOLVERS, LossConfig, Rule
 from reference.distributed import ALONE, all_reduce
 from reference.estimate import Estimate, Signal, Tree, collect, init_estimate, observe
 from reference.policy import Policy
@@ -38,8 +39,8 @@ class Balance(NamedTuple):
     Attributes:
         coefficients: smoothed weights.
         norms: ``[K]``, each gradient's norm when it last had signal; NaN before.
-        applied: ``[K]``, coefficients of the raw gradients, as applied between refreshes; with the solvers ``cone`` and
-            ``prior``, what is added to the prior.
+        applied: ``[K]``, coefficients of the raw gradients, as applied between refreshes; with a solver that takes
+            the prior, what is added to the prior.
         estimate: what is known of the signals.
     """
 
@@ -81,7 +82,7 @@ class StepResult(NamedTuple):
 def init_balance(K: int, rule: Rule, trained: Mapping[str, Tensor]) -> Balance:
     """Uniform weights; nothing seen."""
     uniform = torch.full((K,), 1.0 / K, dtype=torch.float64)
-    applied = uniform * 0 if rule.solver in ("cone", "prior") else uniform
+    applied = uniform * 0 if rule.solver in FROM_PRIOR else uniform
     return Balance(init_coefficients(K), uniform * torch.nan, applied, init_estimate(K, rule, trained))
 
 
@@ -160,7 +161,7 @@ def step_gradient(
 def solve(rule: Rule, signal: Signal, prior: Tensor) -> Harmonization:
     """The rule's weights for K gradients, from what is known of their Gram; min-norm for a rule that does not solve.
 
-    ``cone`` and ``prior`` have no weights of unit gradients: theirs are the shares of the coefficients.
+    Solvers that take the prior have no weights of unit gradients: theirs are the shares of the coefficients.
     """
     gram = signal.gram
     if rule.shrink:  # a norm that cannot be told from zero must not blow a coefficient up
@@ -168,10 +169,10 @@ def solve(rule: Rule, signal: Signal, prior: Tensor) -> Harmonization:
         gram = gram + torch.diag((signal.error.nan_to_num(0.0) - square).clamp(min=0))
     solver = min_norm_weights if rule.solver in SOLVERS else load_callable(rule.solver, "balance")
     solution = harmonize(gram, solver=solver)
-    if rule.solver in ("cone", "prior"):
-        c = cone_weights(gram, prior) if rule.solver == "cone" else prior
+    if rule.solver in FROM_PRIOR:
+        c = _from_prior(rule.solver, gram, signal.noise, prior)
         c = shrink_to_prior(c, prior, signal.square, signal.error) if rule.shrink else c
-        return solution._replace(weights=c / c.sum(), coefficients=c)
+        return solution._replace(weights=c / c.abs().sum(), coefficients=c)
     w = solution.weights
     if not rule.normalize:
         w = solver(torch.where(solution.active & solution.active.unsqueeze(-1), gram, 0.0)) * solution.active
@@ -185,6 +186,17 @@ def solve(rule: Rule, signal: Signal, prior: Tensor) -> Harmonization:
     return solution._replace(weights=w, coefficients=c)
 
 
+def _from_prior(solver: str, gram: Tensor, noise: Tensor, prior: Tensor) -> Tensor:
+    """Coefficients of the raw gradients ``[K]`` by a solver that takes the prior; the noise-aware one wants equal
+    cosines, times the prior."""
+    if solver == "cone":
+        return cone_weights(gram, prior)
+    if solver == "prior":
+        return prior
+    wanted = len(prior) * prior * gram.diagonal().clamp(min=0).sqrt()
+    return noise_aware_weights(gram, noise, wanted).coefficients
+
+
 def refreshed(
     rule: Rule, balance: Balance, gram: Tensor, solution: Harmonization, prior: Tensor
 ) -> tuple[Balance, float, Tensor]:
@@ -193,7 +205,7 @@ def refreshed(
     Stationary gradients change nothing. With the paper's amortization this step goes along the fresh solution, ours
     along the smoothed weights; a reward without signal keeps its coefficient.
     """
-    if rule.solver in ("cone", "prior"):
+    if rule.solver in FROM_PRIOR:
         c = solution.coefficients
         return balance._replace(applied=c - prior), 1.0, c
     if bool(solution.stationary):
@@ -213,7 +225,7 @@ def refreshed(
 
 def applied_coefficients(rule: Rule, balance: Balance, prior: Tensor) -> Tensor:
     """Coefficients of the raw gradients between refreshes ``[K]``."""
-    return balance.applied + prior if rule.solver in ("cone", "prior") else balance.applied
+    return balance.applied + prior if rule.solver in FROM_PRIOR else balance.applied
 
 
 def signal_weights(rule: Rule, balance: Balance, a_max: float, step: Step) -> Weigh:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 Preset = Literal["world", "world-conflict", "demo", "tiny", "sd35m", "sd35m-single-gpu"]
-BUILT_IN_RULES = ("soft-min", "marble-paper", "marble", "weighted-sum", "uniform")
-SOLVERS = ("min-norm", "cone", "prior")
+BUILT_IN_RULES = ("soft-min", "marble", "marble-paper", "noise-aware", "weighted-sum", "uniform")
+SOLVERS = ("min-norm", "noise-aware", "cone", "prior")
+FROM_PRIOR = ("noise-aware", "cone", "prior")  # they take the prior and return coefficients of the raw gradients
 WORLD_REWARDS = ("objects", "objects_strict", "text", "similarity", "colour", "jpeg", "sharpness", "contrast")
 
 
@@ -125,8 +126,9 @@ class SolveConfig:
     """Margin in [0, 1) of the guarded smoothing; 0 for the plain EMA."""
     amortize: Literal["norm_corrected", "paper"] | None = None
     """Between solves apply c_k = n alpha_k / |g_k| (ours), or alpha_k itself (the paper)."""
-    solver: Literal["min-norm", "cone", "prior"] | None = None
-    """min-norm: the paper's; cone: the direction nearest to the prior's that lowers no reward; prior: the prior's."""
+    solver: Literal["min-norm", "noise-aware", "cone", "prior"] | None = None
+    """min-norm: the paper's; noise-aware: the largest smallest gain of a step of fixed length, noise included; cone:
+    the direction nearest to the prior's that lowers no reward; prior: the prior's."""
     gram: Literal["batch", "halves", "consecutive", "moments", "moment_halves"] | None = None
     """What the solver sees: this batch's Gram matrix, the cross-Gram of its halves or of two consecutive refreshes
     (free of noise bias), the Gram of the gradients' moments, or the cross-Gram of the moments of both halves."""
@@ -307,6 +309,9 @@ _RULES = {
     "soft-min": dataclasses.replace(_MIN_NORM, solver="prior", softmin=4.0, keep=0.5),
     "marble-paper": dataclasses.replace(_MIN_NORM, gradients="full", guard=0.0, amortize="paper"),
     "marble": _MIN_NORM,
+    "noise-aware": dataclasses.replace(
+        _MIN_NORM, solver="noise-aware", gram="moment_halves", decay=0.8, refresh_every=1
+    ),
     "weighted-sum": dataclasses.replace(_MIN_NORM, kind="weighted-sum"),
     "uniform": dataclasses.replace(_MIN_NORM, kind="uniform"),
 }

@@ -16,6 +16,8 @@ from marble_core import (
     init_gram_ema,
     init_moments,
     psd_part,
+    shrink_gram,
+    signal_gram,
     update_gram_ema,
     update_moments,
 )
@@ -63,6 +65,7 @@ class Signal(NamedTuple):
         share: ``[K]``, its share of the squared norm of a batch's gradient.
         share_error: ``[K]``, the standard error of that.
         rows: the moments, where the step follows them.
+        noise: ``[K, K]``, average Gram of whole batches, noise included.
     """
 
     gram: Tensor
@@ -71,6 +74,7 @@ class Signal(NamedTuple):
     share: Tensor
     share_error: Tensor
     rows: Tree | None
+    noise: Tensor
 
 
 def init_estimate(K: int, rule: Rule, trained: Mapping[str, Tensor]) -> Estimate:
@@ -120,11 +124,12 @@ def observe(
     # K x K numbers live on the host, where they are solved
     halves, batch = cross_gram(_weighted(a, metric), b).cpu(), gram_matrix(whole, inv_metric=metric).cpu()
     state, signal = _shares(state, (halves + halves.mT) / 2, batch)
+    fit = shrunk if rule.solver == "noise-aware" else psd_part
     rows = whole
     if rule.gram == "moment_halves":
         mean, m_a = update_moments(state.mean, a, decay=rule.decay)
         mean_b, m_b = update_moments(state.mean_b, b, decay=rule.decay)
-        state, gram = state._replace(mean=mean, mean_b=mean_b), psd_part(cross_gram(_weighted(m_a, metric), m_b).cpu())
+        state, gram = state._replace(mean=mean, mean_b=mean_b), fit(cross_gram(_weighted(m_a, metric), m_b).cpu())
         rows = {name: (m_a[name] + m_b[name]) / 2 for name in a}
     elif rule.gram == "moments" or rule.step == "moments":
         mean, rows = update_moments(state.mean, whole, decay=rule.decay)
@@ -133,6 +138,7 @@ def observe(
         gram = gram_matrix(rows, inv_metric=metric).cpu()
     elif rule.gram != "moment_halves":
         state, gram = _averaged(state, whole, halves, batch, rule, metric)
+        gram = gram if rule.gram == "batch" else fit(gram)
     state = state._replace(sum=_zeros(state.sum), sum_b=_zeros(state.sum_b))
     return state, signal._replace(gram=gram, rows=rows if rule.step == "moments" else None)
 
@@ -149,7 +155,12 @@ def _averaged(
         if not seen:
             return state, new
     average, gram = update_gram_ema(state.gram, new, decay=rule.decay)
-    return state._replace(gram=average), gram if rule.gram == "batch" else psd_part(gram)
+    return state._replace(gram=average), gram
+
+
+def shrunk(cross: Tensor) -> Tensor:
+    """Signals' Gram from a cross-Gram, with as much of it as is noise taken out."""
+    return shrink_gram(signal_gram(cross))[0]
 
 
 def _shares(state: Estimate, halves: Tensor, whole: Tensor) -> tuple[Estimate, Signal]:
@@ -163,7 +174,7 @@ def _shares(state: Estimate, halves: Tensor, whole: Tensor) -> tuple[Estimate, S
     norm2 = torch.where(G.diagonal() > 0, G.diagonal(), torch.nan)
     s2, error = C.diagonal().clone(), variance.sqrt()
     state = state._replace(cross=cross, square=square, batch=batch, overlap=overlap)
-    return state, Signal(C, s2, error, s2 / norm2, error / norm2, None)
+    return state, Signal(C, s2, error, s2 / norm2, error / norm2, None, G)
 
 
 def _weighted(rows: Tree, metric: Tree | None) -> Tree:

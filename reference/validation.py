@@ -7,7 +7,17 @@ import difflib
 import math
 from collections.abc import Sequence
 
-from reference.config import BUILT_IN_RULES, WORLD_REWARDS, Config, Rule, SolveConfig, is_world, rule_of, training_times
+from reference.config import (
+    BUILT_IN_RULES,
+    FROM_PRIOR,
+    WORLD_REWARDS,
+    Config,
+    Rule,
+    SolveConfig,
+    is_world,
+    rule_of,
+    training_times,
+)
 from reference.errors import ConfigError
 from reference.rewards import REWARDS
 
@@ -121,12 +131,14 @@ def _check_rule(config: Config, rule: Rule) -> None:
         _check(given.uniform_tail == 0, f"no solve.uniform_tail with balance {name}", given.uniform_tail)
     own = name not in BUILT_IN_RULES
     _check(not own or given.solver is None, "no solve.solver with a rule of your own", given.solver)
-    if rule.kind == "solve" and rule.solver in ("cone", "prior"):
+    if rule.kind == "solve" and rule.solver in FROM_PRIOR:
         _check_unused(config, ("gradients", "normalize", "rho", "guard", "amortize"), f"solver {rule.solver}")
     if rule.solver == "prior":
         unused = ("gram", "decay", "accumulate", "shrink", "metric", "step")
         _check_unused(config, unused, "solver prior, which looks at no gradient")
-    if rule.kind == "solve" and rule.solver not in ("cone", "prior") and not rule.shrink:
+    _check(rule.solver != "noise-aware" or rule.gram in ("halves", "moment_halves"), "solve.gram halves or "
+           "moment_halves with solver noise-aware, which needs to know its error", rule.gram)  # fmt: skip
+    if rule.kind == "solve" and rule.solver not in FROM_PRIOR and not rule.shrink:
         without = f"solver {rule.solver} without solve.shrink, which has no prior"
         _check_unused(config, ("prior", "softmin", "keep"), without)
     full = rule.gradients == "full"

@@ -18,7 +18,7 @@ from marble_core import min_norm_weights, psd_part, soft_min_weights
 from reference.balance import solve
 from reference.config import Config, Rule, SolveConfig, rule_of
 from reference.errors import ConfigError
-from reference.estimate import Signal
+from reference.estimate import Signal, shrunk
 from reference.experiments import tilt
 from reference.experiments.bank import Array, Bank, Indices, collect
 from reference.validation import validate
@@ -37,6 +37,7 @@ RULES: dict[str, tuple[str, SolveConfig]] = {
     "raw min-norm, halves": ("marble", SolveConfig(gram="halves", normalize=False, guard=0.0)),
     "upgrad, halves": ("reference.experiments.peers:upgrad", SolveConfig(gram="halves", normalize=False)),
     "cone": ("soft-min", SolveConfig(solver="cone", softmin=0.0)),
+    "noise-aware": ("noise-aware", SolveConfig()),
     "soft-min": ("soft-min", SolveConfig()),
 }
 
@@ -262,9 +263,11 @@ def _coefficients(rule: Rule, prior: Tensor, H: Array, C: Array, error: Array) -
     h = H[:K, :K]
     if rule.gradients == "full":
         h = h + H[:K, K + 1 :] + H[K + 1 :, :K] + H[K + 1, K + 1]
-    gram = psd_part(torch.from_numpy(C)) if rule.gram in ("halves", "moment_halves") else torch.from_numpy(h)
+    fit = shrunk if rule.solver == "noise-aware" else psd_part
+    noise, cross = torch.from_numpy(h), torch.from_numpy(C)
+    gram = fit(cross) if rule.gram in ("halves", "moment_halves") else noise
     square, nothing = torch.from_numpy(C.diagonal().copy()), torch.full((K,), torch.nan, dtype=torch.float64)
-    signal = Signal(gram, square, torch.from_numpy(error), nothing, nothing, None)
+    signal = Signal(gram, square, torch.from_numpy(error), nothing, nothing, None, noise)
     x[:K] = solve(rule, signal, prior).coefficients.numpy()
     if rule.gradients == "full":
         x[K + 1] = x[:K].sum()
