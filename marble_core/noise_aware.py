@@ -185,7 +185,7 @@ def noise_aware_weights(signal: Tensor, gram: Tensor, wanted: Tensor | None = No
 
 def _length(G: Tensor, c: Tensor) -> Tensor:
     """``sqrt(c^T G c) [...]``."""
-    return torch.linalg.vecdot(c, (G @ c.unsqueeze(-1)).squeeze(-1)).clamp(min=0).sqrt()
+    return (c * (G @ c.unsqueeze(-1)).squeeze(-1)).sum(-1).clamp(min=0).sqrt()
 
 
 def _outside(H: Tensor, on: Tensor) -> Tensor:
@@ -199,4 +199,5 @@ def _pseudo_inverse(G: Tensor) -> Tensor:
     eigenvalues, Q = torch.linalg.eigh(G)
     kept = eigenvalues > _RANK * eigenvalues[..., -1:]
     inverse = torch.where(kept, 1.0 / torch.where(kept, eigenvalues, 1.0), 0.0)
-    return (Q * inverse.unsqueeze(-2)) @ Q.mT
+    found: Tensor = (Q * inverse.unsqueeze(-2)) @ Q.mT
+    return found
