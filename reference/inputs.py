@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from reference.config import SOLVERS, Config, rule_of
 from reference.prompt_files import Prompt
-from reference.prompts import Pool, held_out_prompts, training_pool
+from reference.prompts import Pool, all_prompts, held_out_prompts, training_pool
 from reference.scorer import Scorer, scorer_of
 from reference.scoring import load_callable
 
 
 class Inputs(NamedTuple):
-    """Rewards trained and evaluated, and prompts for either: all that a user may have named wrongly."""
+    """Rewards trained and evaluated, and prompts for either: all that a user may have named wrongly.
+
+    Attributes:
+        given: hashes of the prompts' content by name, to be compared when a run is resumed.
+    """
 
     trained: Scorer
     watched: Scorer
     pool: Pool
     held_out: list[Prompt]
+    given: dict[str, str]
 
 
 def prepare(config: Config) -> Inputs:
@@ -31,4 +38,9 @@ def prepare(config: Config) -> Inputs:
     pool, held_out = training_pool(config), held_out_prompts(config)
     trained = scorer_of(config, config.rewards)
     watched = scorer_of(config, tuple(dict.fromkeys(config.rewards + config.log.watch)), trained.rewards)
-    return Inputs(trained, watched, pool, held_out)
+    return Inputs(trained, watched, pool, held_out, {"training prompts": _digest(all_prompts(pool))})
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    """Hash of the texts and the metadata of prompts."""
+    return hashlib.sha256("\n".join(repr(tuple(prompt)) for prompt in prompts).encode()).hexdigest()

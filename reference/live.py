@@ -22,16 +22,26 @@ from reference.errors import ConfigError
 class Live:
     """Output of one run; every line of ``metrics.jsonl`` also goes to the trackers.
 
-    Of several processes, all have one, and only the ``main`` one's writes anything.
+    Of several processes, all have one, and only the ``main`` one's writes anything. Nothing here stops training: lines
+    that a full disk refuses wait in ``pending``, go into the checkpoints and are written as soon as there is room; a
+    tracker that fails is said once and left out.
     """
 
-    def __init__(self, run: Path, trackers: Sequence[str], epochs: int, first: int, *, main: bool = True) -> None:
+    def __init__(self, run: Path, trackers: Sequence[str], epochs: int, *, main: bool = True) -> None:
         self.main = main
         self.accelerator = _trackers(run, trackers) if trackers and main else None
-        self.file = (run / "metrics.jsonl" if main else Path(os.devnull)).open("a", encoding="utf-8")
+        self.file = (run / "metrics.jsonl" if main else Path(os.devnull)).open("ab", buffering=0)
+        self.position = self.file.seek(0, os.SEEK_END)  # of the last whole line
+        self.pending = ""
+        self.full = False
         self.min_cosine = math.nan  # of the last refresh
         disable = None if main else True
-        self.bar = tqdm(total=epochs, initial=first, unit="epoch", disable=disable, dynamic_ncols=True)
+        self.bar = tqdm(total=epochs, unit="epoch", disable=disable, dynamic_ncols=True)
+
+    def start(self, epoch: int) -> None:
+        """Let the bar begin where a resumed run does."""
+        self.bar.n = self.bar.initial = epoch
+        self.bar.refresh()
 
     def phase(self, epoch: int, name: str) -> None:
         """Say what is being done."""
@@ -54,21 +64,46 @@ class Live:
     def log(self, record: dict[str, Any]) -> None:
         """Append a record to ``metrics.jsonl`` and send its numbers to the trackers."""
         self.min_cosine = record.get("min_cosine", self.min_cosine)
-        self.file.write(json.dumps(_plain(record)) + "\n")
-        self.file.flush()
+        self.append(json.dumps(_plain(record)) + "\n")
         if self.accelerator is not None:
-            self.accelerator.log(dict(_numbers(record["kind"], record)), step=record["step"])
+            try:
+                self.accelerator.log(dict(_numbers(record["kind"], record)), step=record["step"])
+            except Exception as error:  # whatever a tracker's package raises
+                self.say(f"warning: the trackers failed and are left out from now on: {type(error).__name__}: {error}")
+                self.accelerator = None
 
-    def position(self) -> int:
-        """Bytes of ``metrics.jsonl`` so far."""
-        return self.file.tell()
+    def append(self, text: str) -> None:
+        """Write whole lines, after those that wait; what cannot be written waits."""
+        self.pending += text
+        data = self.pending.encode()
+        try:
+            if self.main:
+                self.file.truncate(self.position)  # a line that was cut off
+                if self.file.write(data) != len(data):
+                    raise OSError("not all of it was written")
+        except OSError as error:
+            if not self.full:
+                self.say(f"warning: cannot write to metrics.jsonl: {error}. Its lines wait until there is room.")
+            self.full = True
+            return
+        self.position, self.pending, self.full = self.position + len(data), "", False
+
+    def cut(self, position: int, pending: str) -> None:
+        """Take back what was logged after a checkpoint, whose lines that still waited come again."""
+        self.position = position
+        if self.main:
+            self.file.truncate(position)
+        self.append(pending)
 
     def close(self) -> None:
         """Close the file, the bar and the trackers."""
         self.file.close()
         self.bar.close()
         if self.accelerator is not None:
-            self.accelerator.end_training()
+            try:
+                self.accelerator.end_training()
+            except Exception as error:
+                self.say(f"warning: the trackers could not be closed: {type(error).__name__}: {error}")
 
 
 def _trackers(run: Path, names: Sequence[str]) -> Accelerator:

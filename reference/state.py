@@ -15,15 +15,33 @@ from torch.utils import _pytree as pytree
 
 from reference import checkpoint
 from reference.balance import Balance
-from reference.config import Config, LogConfig, ScoringConfig
+from reference.base import Base
+from reference.config import Config, LogConfig, Rule, ScoringConfig
+from reference.distributed import World
 from reference.errors import CheckpointError, ConfigError
 from reference.estimate import Tree
+from reference.inputs import Inputs
 from reference.live import Live
 from reference.policy import Policy, adapter_state, load_adapter, lora_layers
 from reference.progress import Progress
 from reference.toml import from_toml, to_toml
+from reference.watch import Health
 
 LORA = "pytorch_lora_weights.safetensors"
+VERSION = 2  # of the checkpoint format
+
+
+class Run(NamedTuple):
+    """What a run is: nothing here is replaced while it goes on, though the policy's weights change."""
+
+    config: Config
+    rule: Rule
+    base: Base
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    inputs: Inputs
+    world: World
+    live: Live
 
 
 class State(NamedTuple):
@@ -32,19 +50,26 @@ class State(NamedTuple):
     epoch: int
     part: int  # optimiser steps already taken in this epoch
     step: int  # optimiser steps since the start
+    evaluated: int  # the epoch of the last evaluation, -1 before the first
     skipped: int  # steps in a row without a finite gradient
     ema: Tree
     balance: Balance
     previous: Tree | None  # the gradient of the step before a refresh
     progress: Progress
+    health: Health
 
 
 def open_run(config: Config, resume: bool) -> None:
     """Make the run folder and write ``config.toml``; refuse to write over a run, or to go on as a different one."""
     run = config.run
     metrics = run / "metrics.jsonl"
-    if metrics.exists() and metrics.stat().st_size and not resume:
+    if not resume and (begun(run) or (metrics.exists() and metrics.stat().st_size)):
         raise ConfigError(f"run: {run} already holds a run. Continue it with --resume, or choose another --run.")
+    if resume and not begun(run):
+        raise ConfigError(
+            f"--resume: {run} has no checkpoint to go on from; nothing was changed. Check --run, or start another run "
+            "without --resume."
+        )
     started = run / "config.toml"
     if resume and started.exists() and _essentials(from_toml(started, Config())) != _essentials(config):
         raise ConfigError(
@@ -58,6 +83,11 @@ def open_run(config: Config, resume: bool) -> None:
         (run / "metrics.jsonl").touch()
     except OSError as error:
         raise ConfigError(f"run: cannot write to {run}: {error}. Choose another --run.") from error
+
+
+def begun(run: Path) -> bool:
+    """Whether a run folder has checkpoints. Every run writes its first one before it does anything else."""
+    return any((run / "checkpoints").glob("step-*.ckpt"))
 
 
 def load_run(run: Path, device: str, models: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
@@ -85,61 +115,63 @@ def newest(run: Path) -> dict[str, Any]:
     return state
 
 
-def save_state(
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    state: State,
-    config: Config,
-    live: Live,
-    *,
-    last: bool = False,
-) -> None:
+def save_state(run: Run, state: State, *, last: bool = False) -> None:
     """Write a checkpoint, and the averaged weights for diffusers. A disk that is full stops nothing but the last one:
-    the run goes on, and tries again. Of several processes, whose states are the same, the main one writes."""
+    the run goes on, and tries again. Of several processes, whose states are the same, the main one writes.
+
+    Raises:
+        CheckpointError: the last one could not be written.
+    """
+    live = run.live
     if not live.main:
         return
     leaves, _ = pytree.tree_flatten(state.balance)
     data = {
+        "version": VERSION,
         "epoch": state.epoch,
         "part": state.part,
         "step": state.step,
+        "evaluated": state.evaluated,
         "skipped": state.skipped,
-        "default": adapter_state(policy, "default"),
-        "old": adapter_state(policy, "old"),
+        "default": adapter_state(run.policy, "default"),
+        "old": adapter_state(run.policy, "old"),
         "ema": state.ema,
-        "optimizer": optimizer.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
         "balance": leaves,
         "previous": state.previous,
         "progress": tuple(state.progress),
+        "health": tuple(state.health),
+        "given": run.inputs.given,
         "rng": checkpoint.rng_state(),
-        "metrics": live.position(),
+        "metrics": live.position,
+        "pending": live.pending,
     }
     try:
-        checkpoint.save(config.run / "checkpoints", state.step, data)
-        export_lora(policy, state.ema, config.run)
+        checkpoint.save(run.config.run / "checkpoints", state.step, data)
+        export_lora(run.policy, state.ema, run.config.run)
     except CheckpointError as error:
         if last:
             raise
         live.say(f"warning: {error} Training goes on; free some space before the next checkpoint.")
 
 
-def restore_state(
-    saved: dict[str, Any],
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    fresh: State,
-    config: Config,
-    *,
-    main: bool = True,
-) -> State:
-    """Put a checkpoint back, and cut what was logged after it; of several processes, the main one cuts."""
-    load_adapter(policy, "default", saved["default"])
-    load_adapter(policy, "old", saved["old"])
-    optimizer.load_state_dict(saved["optimizer"])
+def restore_state(run: Run, saved: dict[str, Any], fresh: State) -> State:
+    """Put a checkpoint back, and cut what was logged after it; of several processes, the main one cuts.
+
+    Raises:
+        ConfigError: its format is an older one, or the run was given other prompts when it was saved.
+    """
+    if saved.get("version") != VERSION:
+        raise ConfigError(
+            f"--resume: the checkpoints in {run.config.run} have format {saved.get('version', 1)}, this version reads "
+            f"{VERSION}. Go on with the version that wrote them, or start another run."
+        )
+    _check_given(saved["given"], run.inputs.given)
+    load_adapter(run.policy, "default", saved["default"])
+    load_adapter(run.policy, "old", saved["old"])
+    run.optimizer.load_state_dict(saved["optimizer"])
     leaves, spec = pytree.tree_flatten(fresh.balance)
-    if main:
-        with (config.run / "metrics.jsonl").open("r+b") as file:
-            file.truncate(saved["metrics"])
+    run.live.cut(saved["metrics"], saved["pending"])
     device = next(iter(fresh.ema.values())).device
     balance = [x.to(like.device) for x, like in zip(saved["balance"], leaves, strict=True)]
     previous = saved["previous"]
@@ -147,12 +179,24 @@ def restore_state(
         saved["epoch"],
         saved["part"],
         saved["step"],
+        saved["evaluated"],
         saved["skipped"],
         {name: x.to(device) for name, x in saved["ema"].items()},
         pytree.tree_unflatten(balance, spec),
         None if previous is None else {name: x.to(device) for name, x in previous.items()},
         Progress(*saved["progress"]),
+        Health(*saved["health"]),
     )
+
+
+def _check_given(before: dict[str, str], now: dict[str, str]) -> None:
+    """Raise if the content of the prompts is another one than when the run was saved."""
+    other = sorted(key for key in before if before[key] != now.get(key))
+    if other:
+        raise ConfigError(
+            f"--resume: the {' and the '.join(other)} are not those that the run was started with: the content of a "
+            "file has changed. Put the old files back, or start another run."
+        )
 
 
 def export_lora(policy: Policy, ema: Tree, run: Path) -> None:

@@ -23,8 +23,7 @@ from marble_core import (
 )
 from reference import checkpoint
 from reference.balance import Step, applied_coefficients, init_balance, is_finite, step_gradient
-from reference.base import Base
-from reference.batch import advantages, images_of_steps, sample_epoch, step_rows, whole_step
+from reference.batch import Rollout, advantages, images_of_steps, sample_epoch, step_rows, whole_step
 from reference.config import Config, Rule, rule_of
 from reference.devices import tf32
 from reference.distributed import (
@@ -38,10 +37,12 @@ from reference.distributed import (
     stop_on_interrupt,
     together,
 )
-from reference.errors import Interrupted, PeerError, RewardError, TrainingError
-from reference.evaluate import evaluate, first_images, generator, interval, prompt_means, within_std
+from reference.errors import CheckpointError, ConfigError, Interrupted, PeerError, RewardError, TrainingError
+from reference.estimate import Tree
+from reference.evaluate import generator
+from reference.held_out import evaluate_held_out
 from reference.inputs import Inputs, prepare
-from reference.live import Live, save_grid
+from reference.live import Live
 from reference.model import load_model
 from reference.policy import Policy, adapter_state, load_adapter, parameters
 from reference.progress import gains_of, init_progress, update_progress
@@ -49,8 +50,9 @@ from reference.prompts import all_prompts
 from reference.report import write_report
 from reference.rows import Rows, Whole
 from reference.scoring import Scores
-from reference.state import State, open_run, restore_state, save_state
+from reference.state import Run, State, open_run, restore_state, save_state
 from reference.validation import validate
+from reference.watch import end_epoch, init_health, observe_step
 
 _MAX_SKIPPED = 10  # steps in a row without a finite gradient
 _NOT_FINITE = (
@@ -67,8 +69,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
 
     Raises:
         ConfigError: the configuration, the prompts or the run folder cannot be used; nothing has been done.
-        TrainingError, RewardError: the run stopped; its last state is saved.
-        Interrupted: Ctrl-C; its last state is saved.
+        TrainingError, RewardError: the run stopped; its newest state is saved.
+        Interrupted: Ctrl-C; its newest state is saved.
     """
     validate(config)
     world = connect(config.device)
@@ -81,6 +83,24 @@ def _train(config: Config, resume: bool, world: World) -> Path:
     main = world.rank == 0
     if config.threads:
         torch.set_num_threads(config.threads)
+    if main:
+        open_run(config, resume)
+    live = Live(config.run, config.log.trackers, config.epochs, main=main)
+    try:
+        run = _opened(config, world, live)
+        state, rng = _fresh(run), None
+        if resume:
+            state, rng = _resumed(run, state)
+        check_equal({"the checkpoints' steps": torch.tensor(state.step)}, world)
+        with stop_on_interrupt() as stop, tf32(run.base.device):
+            _loop(run, state, stop, rng)
+    finally:
+        live.close()
+    return _report(config.run) if main else config.run / "report.html"
+
+
+def _opened(config: Config, world: World, live: Live) -> Run:
+    """Load everything that a run needs."""
     with first_on_machine(world):
         inputs = prepare(config)
     base, policy = load_model(config, [p.text for p in [*all_prompts(inputs.pool), *inputs.held_out]], world)
@@ -91,36 +111,51 @@ def _train(config: Config, resume: bool, world: World) -> Path:
     optimizer = torch.optim.AdamW(
         parameters(policy).values(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, eps=o.eps
     )
-    if main:
-        open_run(config, resume)
     meet(world)
-    K = len(config.rewards)
-    balance = init_balance(K, rule_of(config), parameters(policy))
-    state = State(0, 0, 0, 0, adapter_state(policy, "default"), balance, None, init_progress(K))
-    saved = checkpoint.latest(config.run / "checkpoints") if resume else None
-    if saved is not None:
-        state = restore_state(saved, policy, optimizer, state, config, main=main)
-    elif main:
-        (config.run / "metrics.jsonl").write_text("", encoding="utf-8")  # of a run that ended before it saved anything
-    check_equal({"the checkpoints' steps": torch.tensor(state.step)}, world)
-    live = Live(config.run, config.log.trackers, config.epochs, state.epoch, main=main)
-    try:
-        with stop_on_interrupt() as stop, tf32(base.device):
-            if saved is None:
-                _evaluate(policy, base, state, inputs, config, live, world, "before")
-            rng = saved["rng"] if saved is not None and state.part > 0 else None
-            while state.epoch < config.epochs:
-                state = _epoch(policy, base, optimizer, state, inputs, config, live, world, stop, rng)
-                rng = None
-                last = state.epoch == config.epochs
-                if last or _due(state.epoch, config.log.eval_every):
-                    name = "after" if last else f"epoch-{state.epoch:04d}"
-                    _evaluate(policy, base, state, inputs, config, live, world, name)
-                if last or _due(state.epoch, config.log.save_every):
-                    save_state(policy, optimizer, state, config, live, last=last)
-    finally:
-        live.close()
-    return write_report(config.run) if main else config.run / "report.html"
+    return Run(config, rule_of(config), base, policy, optimizer, inputs, world, live)
+
+
+def _fresh(run: Run) -> State:
+    """The state before the first epoch."""
+    K, policy = len(run.config.rewards), run.policy
+    balance = init_balance(K, run.rule, parameters(policy))
+    return State(0, 0, 0, -1, 0, adapter_state(policy, "default"), balance, None, init_progress(K), init_health())
+
+
+def _resumed(run: Run, fresh: State) -> tuple[State, dict[str, Any] | None]:
+    """The newest whole checkpoint, and the generators' state where it was saved within an epoch.
+
+    Raises:
+        ConfigError: all checkpoints are damaged; they and the records are left as they are.
+    """
+    folder = run.config.run / "checkpoints"
+    saved = checkpoint.latest(folder)
+    if saved is None:
+        raise ConfigError(
+            f"--resume: no checkpoint in {folder} can be used; nothing was changed. Put a whole one back, or start "
+            "another run with another --run and without --resume."
+        )
+    state = restore_state(run, saved, fresh)
+    run.live.start(state.epoch)
+    return state, saved["rng"] if state.part > 0 else None
+
+
+def _loop(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None) -> None:
+    """Epoch after epoch. A state is saved before anything that may fail, evaluations included."""
+    log, epochs = run.config.log, run.config.epochs
+    if state.evaluated < 0:
+        save_state(run, state)
+    while True:
+        if _evaluation_due(run.config, state):
+            state = _evaluated(run, state)
+            if state.epoch == epochs:
+                save_state(run, state, last=True)
+        if state.epoch == epochs:
+            return
+        state = _epoch(run, state, stop, rng)
+        rng = None
+        if _due(state.epoch, log.save_every) or _evaluation_due(run.config, state):
+            save_state(run, state, last=state.epoch == epochs)
 
 
 def _due(epoch: int, every: int) -> bool:
@@ -128,67 +163,99 @@ def _due(epoch: int, every: int) -> bool:
     return every > 0 and epoch % every == 0
 
 
-def _epoch(
-    policy: Policy,
-    base: Base,
-    optimizer: torch.optim.Optimizer,
-    state: State,
-    inputs: Inputs,
-    config: Config,
-    live: Live,
-    world: World,
-    stop: list[bool],
-    rng: dict[str, Any] | None,
-) -> State:
-    """One epoch, or what is left of it: its rollout depends on the seed, the epoch and the old policy alone."""
-    rule, clock, cpu = rule_of(config), [time.monotonic()], time.process_time()
-    names, images = config.rewards, config.rollout.images_per_prompt
-    _seed_everything(config.seed, state.epoch, world)
+def _evaluation_due(config: Config, state: State) -> bool:
+    """Whether this state is to be evaluated, and has not been."""
+    wanted = state.epoch in (0, config.epochs) or _due(state.epoch, config.log.eval_every)
+    return wanted and state.part == 0 and state.evaluated < state.epoch
+
+
+def _evaluated(run: Run, state: State) -> State:
+    """Judge the averaged weights on held-out prompts. The state was saved before."""
+    last = state.epoch == run.config.epochs
+    name = "before" if state.epoch == 0 else "after" if last else f"epoch-{state.epoch:04d}"
+    try:
+        evaluate_held_out(run, state, name)
+    except Exception as error:
+        raise _stopped(error, state) from error
+    return state._replace(evaluated=state.epoch)
+
+
+def _stopped(error: Exception, state: State) -> Exception:
+    """An error with how to go on; what is not the trainer's own becomes one of its errors."""
+    go_on = f"The state of step {state.step} is saved: go on with --resume."
+    if isinstance(error, Interrupted | PeerError | ConfigError | CheckpointError):
+        return error
+    if isinstance(error, RewardError | TrainingError):
+        return type(error)(f"{error} {go_on}" if str(error).endswith(".") else f"{error}. {go_on}")
+    return TrainingError(f"training stopped by {type(error).__name__}: {error}. {go_on}")
+
+
+def _report(run: Path) -> Path:
+    """Write the report; a run without one is complete all the same.
+
+    Raises:
+        TrainingError: it could not be written.
+    """
+    try:
+        return write_report(run)
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"the report could not be written: {error}. The run itself is complete; write it again with "
+            f"python -m reference report --run {run}"
+        ) from error
+
+
+def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None) -> State:
+    """One epoch, or what is left of it: its rollout depends on the seed, the epoch and the old policy alone.
+
+    Whatever stops it leaves the newest state on disk.
+    """
+    config, clock, cpu = run.config, [time.monotonic()], time.process_time()
+    try:
+        rollout = _sampled(run, state, clock)
+        learning = state.epoch < _first_epochs(run.inputs, config)
+        texts, images = [prompt.text for prompt in rollout.prompts], config.rollout.images_per_prompt
+        progress = update_progress(state.progress, texts, rollout.scores, images, learning=learning)
+        gains = gains_of(progress)
+        run.live.phase(state.epoch, "training")
+        A, A_sum = advantages(rollout.scores, config)
+        prior = _prior(gains, run.rule)
+        parts = images_of_steps(len(A), config, state.epoch)
+        if rng is not None:
+            checkpoint.set_rng_state(rng)
+        while state.part < len(parts):
+            if any_of(stop[0], run.world):
+                raise Interrupted(f"stopped after step {state.step}; go on with --resume")
+            rows = step_rows(run.base, rollout, A, A_sum, parts[state.part], config, state.epoch, state.part)
+            state = _step(run, state, rows, whole_step(parts[state.part], config, run.world), prior)
+            if state.skipped >= _MAX_SKIPPED:
+                state = state._replace(skipped=0)
+                raise TrainingError(_NOT_FINITE.format(state.step))
+    except Exception as error:
+        save_state(run, state)
+        raise _stopped(error, state) from error
+    decay = old_policy_decay(state.step, SLOW_DECAY if config.optim.old_decay == "slow" else STANDARD_DECAY)
+    load_adapter(run.policy, "old", ema_tree(parameters(run.policy, "old"), parameters(run.policy), decay))
+    clock.append(time.monotonic())
+    health, warnings = end_epoch(state.health, state.epoch)
+    notes = _constant_rewards(A, rollout.scores, config.rewards) + warnings
+    _log_epoch(run, state, rollout.scores, gains, clock, time.process_time() - cpu, notes)
+    return state._replace(epoch=state.epoch + 1, part=0, progress=progress, health=health)
+
+
+def _sampled(run: Run, state: State, clock: list[float]) -> Rollout:
+    """An epoch's images and their scores; the times of sampling and scoring go into ``clock``."""
+    _seed_everything(run.config.seed, state.epoch, run.world)
 
     def sampled() -> None:
         clock.append(time.monotonic())
-        live.phase(state.epoch, "scoring")
+        run.live.phase(state.epoch, "scoring")
 
-    live.phase(state.epoch, "sampling")
-    try:
-        rollout = sample_epoch(policy, base, inputs.trained, inputs.pool, config, state.epoch, sampled, world)
-    except (RewardError, PeerError):
-        save_state(policy, optimizer, state, config, live)
-        raise
+    run.live.phase(state.epoch, "sampling")
+    trained, pool = run.inputs.trained, run.inputs.pool
+    rollout = sample_epoch(run.policy, run.base, trained, pool, run.config, state.epoch, sampled, run.world)
     clock.append(time.monotonic())
-
-    live.phase(state.epoch, "training")
-    A, A_sum = advantages(rollout.scores, config)
-    texts = [prompt.text for prompt in rollout.prompts]
-    learning = state.epoch < _first_epochs(inputs, config)
-    progress = update_progress(state.progress, texts, rollout.scores, images, learning=learning)
-    gains = gains_of(progress)
-    prior = _prior(gains, rule)
-    parts = images_of_steps(len(A), config, state.epoch)
-    if rng is not None:
-        checkpoint.set_rng_state(rng)
-    while state.part < len(parts):
-        if any_of(stop[0], world):
-            save_state(policy, optimizer, state, config, live)
-            raise Interrupted(f"stopped after step {state.step}; go on with --resume")
-        rows = step_rows(base, rollout, A, A_sum, parts[state.part], config, state.epoch, state.part)
-        try:
-            whole = whole_step(parts[state.part], config, world)
-            state = _step(policy, optimizer, state, rows, whole, rule, prior, config, live)
-        except PeerError:
-            save_state(policy, optimizer, state, config, live)
-            raise
-        state = state._replace(part=state.part + 1)
-        if state.skipped >= _MAX_SKIPPED:
-            save_state(policy, optimizer, state._replace(skipped=0), config, live)
-            raise TrainingError(_NOT_FINITE.format(state.step))
-
-    decay = old_policy_decay(state.step, SLOW_DECAY if config.optim.old_decay == "slow" else STANDARD_DECAY)
-    load_adapter(policy, "old", ema_tree(parameters(policy, "old"), parameters(policy), decay))
-    clock.append(time.monotonic())
-    notes = _constant_rewards(A, rollout.scores, names)
-    _log_epoch(state, rollout.scores, gains, names, clock, time.process_time() - cpu, notes, live)
-    return state._replace(epoch=state.epoch + 1, part=0, progress=progress)
+    return rollout
 
 
 def _first_epochs(inputs: Inputs, config: Config) -> int:
@@ -196,28 +263,19 @@ def _first_epochs(inputs: Inputs, config: Config) -> int:
     return min(math.ceil(len(all_prompts(inputs.pool)) / config.rollout.prompts_per_epoch), _FIRST_EPOCHS)
 
 
-def _step(
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    state: State,
-    rows: Rows,
-    whole: Whole,
-    rule: Rule,
-    prior: Tensor,
-    config: Config,
-    live: Live,
-) -> State:
+def _step(run: Run, state: State, rows: Rows, whole: Whole, prior: Tensor) -> State:
     """One optimiser step: the balanced gradient, clipped; skipped if it is not finite.
 
     The last thing that can fail for another process's sake comes before anything has changed.
     """
+    rule, policy, config = run.rule, run.policy, run.config
     every, at = rule.refresh_every, state.step
     step = Step(
         refresh=refresh_due(at, every),
         collect=any(refresh_due(at + ahead, every) for ahead in range(1, rule.accumulate)),
         uniform=state.epoch >= config.epochs - config.solve.uniform_tail,
         prior=prior,
-        metric=_inverse_metric(optimizer, policy) if rule.metric == "adam" else None,
+        metric=_inverse_metric(run.optimizer, policy) if rule.metric == "adam" else None,
         previous=state.previous,
     )
     size = config.optim.micro_batch
@@ -228,25 +286,39 @@ def _step(
         check_equal({"coefficients": applied, "gradients": norms}, whole.world)
     metrics = dict(result.metrics)
     if finite:
-        trained = parameters(policy)
-        for name, p in trained.items():
-            p.grad = result.gradient[name].clone()
-        metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(trained.values(), config.optim.clip))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        metrics["grad_norm"] = _descend(run, result.gradient)
         decay = eval_ema_decay(state.step, config.optim.ema_cap)
         state = state._replace(ema=ema_tree(state.ema, parameters(policy), decay), balance=result.balance)
-    names = config.rewards
-    where = {"epoch": state.epoch, "step": state.step + 1}
-    applied = applied_coefficients(rule, state.balance, prior)  # a step that was skipped changed nothing
-    coefficients = dict(zip(names, applied.tolist(), strict=True))
-    record = {"refresh": step.refresh, "skipped": not finite, **metrics, "coefficients": coefficients}
-    live.log({"kind": "step", **where, **record})
-    if result.refresh is not None:
-        record = {k: dict(zip(names, v, strict=True)) if isinstance(v, list) else v for k, v in result.refresh.items()}
-        live.log({"kind": "refresh", **where, **record})
     keep = result.gradient if finite and refresh_due(at + 1, every) else None
-    return state._replace(step=state.step + 1, skipped=0 if finite else state.skipped + 1, previous=keep)
+    health = observe_step(state.health, metrics)
+    skipped = 0 if finite else state.skipped + 1
+    state = state._replace(step=at + 1, part=state.part + 1, skipped=skipped, previous=keep, health=health)
+    _log_step(run, state, metrics, result.refresh, step.refresh, prior)
+    return state
+
+
+def _descend(run: Run, gradient: Tree) -> float:
+    """One step of the optimiser along a gradient, clipped; returns its length before that."""
+    trained = parameters(run.policy)
+    for name, p in trained.items():
+        p.grad = gradient[name].clone()
+    length = float(torch.nn.utils.clip_grad_norm_(trained.values(), run.config.optim.clip))
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return length
+
+
+def _log_step(
+    run: Run, state: State, metrics: dict[str, float], found: dict[str, Any] | None, refresh: bool, prior: Tensor
+) -> None:
+    """Record a step, and what was found at a refresh; the coefficients are those in force after it."""
+    names, where = run.config.rewards, {"epoch": state.epoch, "step": state.step}
+    applied = applied_coefficients(run.rule, state.balance, prior)  # a step that was skipped changed nothing
+    record = {"refresh": refresh, "skipped": state.skipped > 0, **metrics}
+    run.live.log({"kind": "step", **where, **record, "coefficients": dict(zip(names, applied.tolist(), strict=True))})
+    if found is not None:
+        named = {k: dict(zip(names, v, strict=True)) if isinstance(v, list) else v for k, v in found.items()}
+        run.live.log({"kind": "refresh", **where, **named})
 
 
 def _prior(gains: Tensor, rule: Rule) -> Tensor:
@@ -279,17 +351,10 @@ def _constant_rewards(A: Tensor, scores: Scores, names: tuple[str, ...]) -> list
 
 
 def _log_epoch(
-    state: State,
-    scores: Scores,
-    gains: Tensor,
-    names: tuple[str, ...],
-    clock: list[float],
-    cpu: float,
-    notes: list[str],
-    live: Live,
+    run: Run, state: State, scores: Scores, gains: Tensor, clock: list[float], cpu: float, notes: list[str]
 ) -> None:
     """Record an epoch's rewards on its training prompts, its times and its warnings."""
-    summary = {}
+    names, live, summary = run.config.rewards, run.live, {}
     for name, values, on in zip(names, scores.values.T, scores.applicable.T, strict=True):
         x = values[on]
         std = float(x.std()) if len(x) > 1 else None
@@ -302,44 +367,6 @@ def _log_epoch(
     for note in notes:
         live.say(f"warning, epoch {state.epoch}: {note}")
     live.show(state.epoch, {k: v["mean"] for k, v in summary.items() if v["mean"] is not None})
-
-
-def _evaluate(
-    policy: Policy,
-    base: Base,
-    state: State,
-    inputs: Inputs,
-    config: Config,
-    live: Live,
-    world: World,
-    name: str,
-) -> None:
-    """Score held-out prompts with the averaged weights, record the means, and save a grid of the first images."""
-    live.phase(state.epoch, "evaluating")
-    log = config.log
-    scores, images = evaluate(
-        policy,
-        base,
-        state.ema,
-        inputs.held_out,
-        inputs.watched,
-        images=log.eval_images,
-        sampler=config.rollout.sampler,
-        steps=log.eval_steps,
-        batch=config.rollout.batch,
-        seed=0,
-        world=world,
-    )
-    means, rewards = prompt_means(scores, log.eval_images), inputs.watched.rewards
-    summary = {k: interval(column)._asdict() for k, column in zip(rewards, means.unbind(1), strict=True)}
-    per_prompt = {k: column.tolist() for k, column in zip(rewards, means.unbind(1), strict=True)}
-    spread = dict(zip(rewards, within_std(scores, log.eval_images).tolist(), strict=True))
-    where = {"step": state.step, "epoch": state.epoch}
-    live.log({"kind": "eval", **where, "rewards": summary, "within_std": spread, "per_prompt": per_prompt})
-    shown = first_images(images, len(inputs.held_out), log.eval_images, 40, world)
-    if world.rank == 0:
-        path, scale = config.run / "grids" / f"{name}.png", max(1, 96 // shown.shape[-1])
-        save_grid(shown, path, columns=10, scale=scale, largest=256)
 
 
 def _seed_everything(seed: int, epoch: int, world: World) -> None:

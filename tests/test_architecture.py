@@ -16,6 +16,7 @@ MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__
 EDGES = {
     "harmonize": {"gram", "simplex"},
     "ema": {"harmonize"},
+    "noise_aware": {"simplex"},
 }
 
 

@@ -153,6 +153,19 @@ CASES: dict[str, Case] = {
     "gradient_snr": Case(
         mc.gradient_snr, lambda d, s: (psd(d, s), *(9 + unit(3, dtype=d, seed=s + i) for i in range(2))), dtypes=HALF
     ),
+    # noise_aware
+    "signal_gram": Case(mc.signal_gram, lambda d, s: (rand(3, 3, dtype=d, seed=s),), "float64", dtypes=HALF),
+    "shrink_gram": Case(
+        lambda gram, variance: mc.shrink_gram(mc.SignalGram(gram, variance)),
+        lambda d, s: (psd(d, s), unit(dtype=d, seed=s)),
+        "float64",
+        dtypes=HALF,
+    ),
+    "noise_aware_weights": Case(
+        mc.noise_aware_weights,
+        lambda d, s: (psd(d, s), psd(d, s) + psd(d, s + 1), unit(3, dtype=d, seed=s)),
+        "float64",
+    ),
     # simplex
     "project_simplex": Case(mc.project_simplex, lambda d, s: (rand(5, dtype=d, seed=s),), dtypes=HALF),
     "min_norm_weights": Case(mc.min_norm_weights, lambda d, s: (psd(d, s),), dtypes=HALF),

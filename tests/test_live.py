@@ -16,11 +16,11 @@ from reference.live import Live, save_grid
 
 
 def test_records_are_json_and_not_a_number_is_null(tmp_path: Path) -> None:
-    live = Live(tmp_path, (), epochs=2, first=0)
+    live = Live(tmp_path, (), epochs=2)
     live.log({"kind": "step", "step": 1, "loss": float("nan"), "list": [1.0, float("inf")], "inner": {"x": 2.5}})
     live.log({"kind": "refresh", "step": 1, "min_cosine": 0.25})
     assert live.min_cosine == 0.25
-    position = live.position()
+    position = live.position
     live.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0]) == {"kind": "step", "step": 1, "loss": None, "list": [1.0, None], "inner": {"x": 2.5}}
@@ -29,8 +29,8 @@ def test_records_are_json_and_not_a_number_is_null(tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_appends(tmp_path: Path) -> None:
     for step in (1, 2):
-        live = Live(tmp_path, (), epochs=2, first=step - 1)
-        assert live.position() == sum(p.stat().st_size for p in tmp_path.iterdir())
+        live = Live(tmp_path, (), epochs=2)
+        assert live.position == sum(p.stat().st_size for p in tmp_path.iterdir())
         live.log({"kind": "step", "step": step})
         live.close()
         live.close()
@@ -40,7 +40,7 @@ def test_a_run_that_goes_on_appends(tmp_path: Path) -> None:
 
 def test_the_bar_shows_phase_rewards_and_cosine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
-    live = Live(tmp_path, (), epochs=2, first=0)
+    live = Live(tmp_path, (), epochs=2)
     monkeypatch.setattr(live.bar, "set_description", shown.append)
     monkeypatch.setattr(live.bar, "set_postfix_str", shown.append)
     live.phase(1, "sampling")
@@ -53,7 +53,7 @@ def test_the_bar_shows_phase_rewards_and_cosine(tmp_path: Path, monkeypatch: pyt
 def test_tensorboard_by_accelerates_trackers(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of packages that TensorBoard imports
-        live = Live(tmp_path, ("tensorboard",), epochs=1, first=0)
+        live = Live(tmp_path, ("tensorboard",), epochs=1)
         live.log({"kind": "epoch", "step": 2, "rewards": {"objects": {"mean": 0.5}}})
         live.close()
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -67,7 +67,64 @@ def test_tensorboard_by_accelerates_trackers(tmp_path: Path) -> None:
 
 def test_a_tracker_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"log\.trackers: cannot start tensorbord"):
-        Live(tmp_path, ("tensorbord",), epochs=1, first=0)
+        Live(tmp_path, ("tensorbord",), epochs=1)
+
+
+def test_lines_that_a_full_disk_refuses_wait_and_come_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live = Live(tmp_path, (), epochs=1)
+    live.log({"kind": "step", "step": 1})
+    written, file = live.position, live.file
+
+    class Full:
+        """A file on a full disk: it takes a few bytes and then fails."""
+
+        def truncate(self, size: int) -> int:
+            return file.truncate(size)
+
+        def write(self, data: bytes) -> int:
+            file.write(data[:5])
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(live, "file", Full())
+    live.log({"kind": "step", "step": 2})
+    live.log({"kind": "step", "step": 3})
+    assert live.position == written
+    assert [json.loads(line)["step"] for line in live.pending.splitlines()] == [2, 3]
+    monkeypatch.setattr(live, "file", file)
+    live.log({"kind": "step", "step": 4})
+    assert (live.pending, live.position) == ("", (tmp_path / "metrics.jsonl").stat().st_size)
+    live.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert "".join(capsys.readouterr()).count("No space left on device") == 1  # said once
+
+
+def test_cutting_back_brings_waiting_lines_again(tmp_path: Path) -> None:
+    live = Live(tmp_path, (), epochs=1)
+    live.log({"kind": "step", "step": 1})
+    position = live.position
+    live.log({"kind": "step", "step": 2})
+    live.cut(position, '{"kind": "step", "step": 7}\n')
+    live.log({"kind": "step", "step": 8})
+    live.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 7, 8]
+
+
+def test_a_tracker_that_fails_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken:
+        def log(self, values: object, step: int) -> None:
+            raise ConnectionError("no route to host")
+
+    live = Live(tmp_path, (), epochs=1)
+    live.accelerator = Broken()
+    for step in (1, 2):
+        live.log({"kind": "step", "step": step, "x": 1.0})
+    live.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert "".join(capsys.readouterr()).count("ConnectionError: no route to host") == 1
 
 
 def test_a_grid_has_every_image_in_its_place(tmp_path: Path) -> None:

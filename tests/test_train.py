@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference import balance, checkpoint, scorer
+from reference import balance, checkpoint, scorer, scoring
+from reference import state as state_module
 from reference import train as train_module
 from reference.config import Config, SolveConfig
 from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
@@ -208,13 +209,62 @@ def test_a_run_is_not_written_over_and_not_resumed_as_another(unbroken: Path) ->
     assert (unbroken / "config.toml").read_text() == toml
 
 
-def test_a_run_that_ended_before_it_saved_anything_starts_again(tmp_path: Path, unbroken: Path) -> None:
+def contents(run: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+def test_a_resume_without_a_checkpoint_refuses_and_touches_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.toml").write_text(to_toml(config(run)))
     (run / "metrics.jsonl").write_text('{"kind": "eval", "st')
-    train(config(run), resume=True)
-    assert without_times(run) == without_times(unbroken)
+    before = contents(run)
+    with pytest.raises(ConfigError, match=r"--resume: .* has no checkpoint to go on from; nothing was changed"):
+        train(config(run), resume=True)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(config(run))
+    assert contents(run) == before
+    with pytest.raises(ConfigError, match="no checkpoint to go on from"):
+        train(config(tmp_path / "typo"), resume=True)
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_resume_with_damaged_checkpoints_alone_refuses_and_touches_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config(run, epochs=1))
+    for path in (run / "checkpoints").glob("*.ckpt"):
+        path.write_bytes(path.read_bytes()[:-1])
+    before = contents(run)
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(ConfigError, match=r"no checkpoint in .* can be used; nothing was changed"),
+    ):
+        train(config(run), resume=True)
+    assert contents(run) | {"config.toml": b""} == before | {"config.toml": b""}  # which has the new number of epochs
+
+
+def test_an_older_format_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config(run, epochs=1))
+    state = checkpoint.latest(run / "checkpoints")
+    assert state is not None
+    del state["version"]
+    checkpoint.save(run / "checkpoints", 99, state)
+    with pytest.raises(ConfigError, match=r"have format 1, this version reads 2\. Go on with the version that wrote"):
+        train(config(run), resume=True)
+
+
+def test_a_resume_with_other_prompts_in_the_file_is_refused(tmp_path: Path) -> None:
+    prompts, run = tmp_path / "prompts.txt", tmp_path / "run"
+    prompts.write_text("a red circle\na blue square\na small green triangle\n")
+    rollout = dataclasses.replace(preset("tiny").rollout, prompts=(str(prompts),))
+    train(config(run, epochs=1, rollout=rollout))
+    prompts.write_text("a red circle\na blue square\na small yellow triangle\n")
+    with pytest.raises(ConfigError, match=r"--resume: the training prompts are not those .* content of a file"):
+        train(config(run, epochs=2, rollout=rollout), resume=True)
+    prompts.write_text("a red circle\na blue square\na small green triangle\n")
+    train(config(run, epochs=2, rollout=rollout), resume=True)
+    assert final_state(run)["step"] == 4
 
 
 def test_resuming_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
@@ -266,6 +316,113 @@ def test_a_bad_reward_stops_the_run_with_everything_saved(
     assert final_state(run)["step"] == 6
 
 
+def watched(run: Path, **log: Any) -> Config:
+    """Evaluated and saved every second of four epochs, with a reward that is only watched."""
+    found = config(run, epochs=4)
+    return dataclasses.replace(found, log=dataclasses.replace(found.log, eval_every=2, save_every=4, **log))
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("evaluated") / "run"
+    train(watched(run, watch=("similarity",)))
+    return run
+
+
+def test_a_reward_that_fails_in_an_evaluation_loses_nothing(
+    tmp_path: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second evaluation comes two epochs before the next checkpoint would."""
+    original, seen = scoring.score, [0]
+
+    def broken(rewards: Any, *args: Any, **kwargs: Any) -> Any:
+        seen[0] += "similarity" in rewards
+        if seen[0] == 2 and "similarity" in rewards:
+            raise RewardError("reward 'similarity' raised RuntimeError: no server")
+        return original(rewards, *args, **kwargs)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(scorer, "score", broken)
+        message = r"no server\. The state of step 4 is saved: go on with --resume\."
+        with pytest.raises(RewardError, match=message):
+            train(watched(run, watch=("similarity",)))
+    assert (final_state(run)["step"], final_state(run)["evaluated"]) == (4, 0)
+    train(watched(run, watch=("similarity",)), resume=True)
+    assert [r["epoch"] for r in records(run, "eval")] == [0, 2, 4]
+    assert_same(final_state(run), final_state(evaluated))
+    assert without_times(run) == without_times(evaluated)
+
+
+def test_pictures_that_cannot_be_written_stop_nothing(tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "grids").write_text("in the way")
+    train(watched(run))
+    assert "Training goes on without this picture" in "".join(capsys.readouterr())
+    assert final_state(run)["step"] == 8
+
+
+def test_an_error_that_nobody_foresaw_leaves_the_newest_state(
+    tmp_path: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = balance.step_gradient, [0]
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        seen[0] += 1
+        if seen[0] == 6:
+            raise MemoryError("out of memory")
+        return original(*args, **kwargs)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "step_gradient", broken)
+        with pytest.raises(TrainingError, match=r"MemoryError: out of memory\. The state of step 5 is saved"):
+            train(watched(run, watch=("similarity",)))
+    assert (final_state(run)["step"], final_state(run)["part"]) == (5, 1)
+    train(watched(run, watch=("similarity",)), resume=True)
+    assert_same(final_state(run), final_state(evaluated))
+    assert without_times(run) == without_times(evaluated)
+
+
+def test_an_export_or_a_report_that_fails_leaves_the_newest_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(state_module, "save_file", full)
+        with pytest.raises(CheckpointError, match=r"cannot write .*pytorch_lora_weights"):
+            train(config(run, epochs=1))
+    assert final_state(run)["step"] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "write_report", full)
+        with pytest.raises(TrainingError, match=r"report could not be written: .* python -m reference report --run"):
+            train(config(run, epochs=1), resume=True)
+    train(config(run, epochs=1), resume=True)
+    assert (run / "report.html").exists()
+    assert [r["epoch"] for r in records(run, "eval")] == [0, 1]
+
+
+def test_training_that_comes_apart_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    original = balance.step_gradient
+
+    def longer(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        return result._replace(metrics=result.metrics | {"v_norm": 1.07, "v_norm_base": 1.0})
+
+    monkeypatch.setattr(train_module, "step_gradient", longer)
+    run = tmp_path / "run"
+    train(config(run))
+    said = [r["warnings"] for r in records(run, "epoch")]
+    assert [len(w) for w in said] == [1, 0, 0]
+    assert said[0][0].startswith("the velocity is 1.07 times as long as the base model's.")
+    assert "1.07 times" in "".join(capsys.readouterr())
+    assert "1.07 times" in (run / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_constant_reward_is_warned_about_and_keeps_its_coefficient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,10 +458,10 @@ def test_steps_without_a_finite_gradient_are_skipped_and_ten_in_a_row_stop_the_r
         train(config(run, epochs=20))
     steps = records(run, "step")
     assert [r["skipped"] for r in steps] == [False] + [True] * 7 + [False] + [True] * 10
-    state = final_state(run)
-    assert (state["step"], state["skipped"]) == (19, 0)  # the second step of its epoch would have been the 20th
-    assert all(x.isfinite().all() for x in state["default"].values())
-    assert all(x.isfinite().all() for x in state["ema"].values())
+    found = final_state(run)
+    assert (found["step"], found["skipped"]) == (19, 0)  # the second step of its epoch would have been the 20th
+    assert all(x.isfinite().all() for x in found["default"].values())
+    assert all(x.isfinite().all() for x in found["ema"].values())
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

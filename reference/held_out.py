@@ -1,0 +1,62 @@
+"""Evaluations within a run: the averaged weights on held-out prompts."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from reference.evaluate import evaluate, first_images, interval, prompt_means, within_std
+from reference.live import save_grid
+from reference.state import Run, State
+
+
+def evaluate_held_out(run: Run, state: State, name: str) -> None:
+    """Score held-out prompts with the averaged weights, record the means, and save a grid of the first images.
+
+    Raises:
+        RewardError: a reward failed.
+        PeerError: another process failed.
+    """
+    log, inputs, live = run.config.log, run.inputs, run.live
+    live.phase(state.epoch, "evaluating")
+    scores, images = evaluate(
+        run.policy,
+        run.base,
+        state.ema,
+        inputs.held_out,
+        inputs.watched,
+        images=log.eval_images,
+        sampler=run.config.rollout.sampler,
+        steps=log.eval_steps,
+        batch=run.config.rollout.batch,
+        seed=0,
+        world=run.world,
+    )
+    means, rewards = prompt_means(scores, log.eval_images), inputs.watched.rewards
+    columns = dict(zip(rewards, means.unbind(1), strict=True))
+    record = {
+        "rewards": {k: interval(column)._asdict() for k, column in columns.items()},
+        "within_std": dict(zip(rewards, within_std(scores, log.eval_images).tolist(), strict=True)),
+        "per_prompt": {k: column.tolist() for k, column in columns.items()},
+        "settings": settings_of(run),
+    }
+    live.log({"kind": "eval", "step": state.step, "epoch": state.epoch, **record})
+    shown = first_images(images, len(inputs.held_out), log.eval_images, 40, run.world)
+    if live.main:
+        path, scale = run.config.run / "grids" / f"{name}.png", max(1, 96 // shown.shape[-1])
+        try:
+            save_grid(shown, path, columns=10, scale=scale, largest=256)
+        except OSError as error:
+            live.say(f"warning: cannot write {path}: {error}. Training goes on without this picture.")
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """What two evaluations need in common to be compared: prompts, images and sampler."""
+    log = run.config.log
+    texts = "\n".join(prompt.text for prompt in run.inputs.held_out)
+    return {
+        "prompts": hashlib.sha256(texts.encode()).hexdigest()[:16],
+        "images": log.eval_images,
+        "steps": log.eval_steps,
+        "sampler": run.config.rollout.sampler,
+    }
