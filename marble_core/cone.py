@@ -7,11 +7,27 @@ import math
 import torch
 from torch import Tensor
 
-from marble_core._check import has_readable_values, require, require_gram, require_prior
+from marble_core._check import (
+    has_readable_values,
+    require,
+    require_gram,
+    require_prior,
+    require_range,
+    require_same_shape,
+)
 from marble_core._min_norm import _EPS, ENUMERATED, _active_set, _flat
 
+_FLOAT32 = 2.0**-24  # relative rounding of a float32 number
 
-def cone_weights(gram: Tensor, prior: Tensor) -> Tensor:
+
+def cone_weights(
+    gram: Tensor,
+    prior: Tensor,
+    *,
+    precision: float = _FLOAT32,
+    error: float = 0.0,
+    step_gram: Tensor | None = None,
+) -> Tensor:
     """Coefficients of the direction nearest to the prior's that lowers no reward, exact to rounding.
 
     With ``v = sum_k prior_k g_k``, solves ``argmin_d |d - v|^2`` subject to ``<d, g_k> >= 0`` for every k: the
@@ -22,22 +38,38 @@ def cone_weights(gram: Tensor, prior: Tensor) -> Tensor:
     Where v lowers nothing, to rounding, c is the prior itself. At a Pareto-stationary point d may be 0: ``G c = 0``.
     A zero gradient keeps its prior. The scale of the Gram does not matter, that of the prior is that of c. d is unique;
     of all lambda the one with the least ``sum_k (lambda_k |g_k|)^2`` is taken, so equal gradients get equal lambda and
-    relabelling the gradients relabels c. Nearly opposite gradients can make c large, never d. NaN or an infinity in a
-    Gram makes its own item NaN. Solved in float64 on the host, item by item; no gradient flows through c. Under
-    ``torch.func.vmap`` and ``torch.compile`` K <= 8 is solved without looking at any value, to rounding unless
-    gradients are parallel to within 1e-7.
+    relabelling the gradients relabels c. NaN or an infinity in a Gram makes its own item NaN. Solved in float64 on the
+    host, item by item; no gradient flows through c. Under ``torch.func.vmap`` and ``torch.compile`` K <= 8 is solved
+    without looking at any value, to rounding unless gradients are parallel to within 1e-7.
+
+    *Rounding.* Gradients that oppose each other up to rounding could ask for coefficients of 1e8 that cancel, and their
+    product with the rows would be rounding. Where ``sum_k lambda_k |g_k|`` exceeds ``1 / sqrt(K precision)`` times
+    ``sum_k prior_k |g_k|``, the problem is solved again for rows that are known to ``precision`` alone: the unit Gram
+    plus ``K precision`` on its diagonal. Coefficients then stay below that bound, ``|d| <= |v|`` holds still, and
+    ``<d, g_k>`` is at least ``-sqrt(K precision) |g_k| sum_l prior_l |g_l|``, with coefficients and products in the
+    precision of the rows.
+
+    *Estimates.* A Gram matrix that was estimated (``psd_part`` of an averaged ``cross_gram``) has directions that seem
+    to cost nothing. Give its ``error``, and for the length of the step, which it does not know, ``step_gram``.
 
     Args:
         gram: ``[..., K, K]``, symmetric PSD at any scale of the gradients; of another one (rounded to few digits) the
             PSD part is taken.
         prior: ``[..., K]`` or ``[K]``, non-negative; need not sum to 1. Leading dimensions broadcast.
+        precision: relative rounding of the rows that c will multiply: 2**-24 for float32, 2**-53 for float64, 2**-8
+            for bfloat16.
+        error: standard error of the entries of ``gram``, as a share of ``|g_k| |g_l|``: ``sqrt(K) error`` is added to
+            the diagonal of the unit Gram, the size of its largest spurious eigenvalue. 0 for an exact Gram.
+        step_gram: ``[..., K, K]``, Gram of the rows that c will multiply, noise included: c is scaled down so that d
+            is not longer than v in it. None where ``gram`` is that matrix.
 
     Returns:
         ``[..., K]`` in the dtype of ``gram``.
 
     Raises:
         ValueError: ``gram`` is not square, ``prior`` has another K or an entry that is negative or not finite (not
-            seen under vmap or compile), or K > 8 under vmap or compile.
+            seen under vmap or compile), ``precision`` or ``error`` is out of range, ``step_gram`` has another shape, or
+            K > 8 under vmap or compile.
 
     Example:
         >>> cone_weights(torch.tensor([[4.0, -1.0], [-1.0, 1.0]]), torch.tensor([0.5, 0.5]))
@@ -51,21 +83,33 @@ def cone_weights(gram: Tensor, prior: Tensor) -> Tensor:
     require_gram("gram", gram)
     K = gram.shape[-1]
     require_prior(prior, K)
+    require_range("precision", precision, 0.0, 1.0, open_low=True)
+    require_range("error", error, 0.0, 1e9)
     G, p = gram.detach().double(), prior.detach().double()
     p = p + torch.zeros_like(G[..., 0])  # broadcast
     G = G.expand(*p.shape, K)
     if has_readable_values(p):
         items = zip(G.cpu().reshape(-1, K, K), p.cpu().reshape(-1, K), strict=True)
-        solved = [_solve(*item) for item in items]
-        c = torch.stack(solved).reshape(p.shape) if solved else p
+        solved = [_solve(*item, precision, error) for item in items]
+        c = torch.stack(solved).reshape(p.shape).to(p.device) if solved else p
     else:
         fix = "Call it outside the transform: batches are handled directly."
         require(K <= ENUMERATED, "gram", f"K <= {ENUMERATED} under torch.func.vmap or torch.compile", f"K = {K}", fix)
-        c = _solve(G, p)
+        c = _solve(G, p, precision, error)
+    if step_gram is not None:
+        require_gram("step_gram", step_gram)
+        require_same_shape("step_gram", step_gram, "gram", gram)
+        c = _no_longer(c, p, step_gram.detach().double())
     return c.to(gram)
 
 
-def _solve(G: Tensor, p: Tensor) -> Tensor:
+def _no_longer(c: Tensor, p: Tensor, G: Tensor) -> Tensor:
+    """``c`` scaled down to a direction no longer than that of ``p``."""
+    c2, p2 = ((x * (G @ x.unsqueeze(-1)).squeeze(-1)).sum(-1, keepdim=True).clamp(min=0) for x in (c, p))
+    return torch.where(c2 > p2, c * (p2 / torch.where(c2 > 0, c2, 1.0)).sqrt(), c)
+
+
+def _solve(G: Tensor, p: Tensor, precision: float, error: float) -> Tensor:
     """Scale to ``mu_k = lambda_k |g_k|`` and ``sum_k x_k = 1`` with ``x_k ~ prior_k |g_k|``: unit gradients."""
     bad = ~(G.isfinite().all(-1).all(-1) & p.isfinite().all(-1)).unsqueeze(-1)
     G = torch.where(bad.unsqueeze(-1), 0.0, (G + G.mT) / 2)
@@ -78,7 +122,13 @@ def _solve(G: Tensor, p: Tensor) -> Tensor:
     x = p * s
     total = x.sum(-1, keepdim=True)
     x = x / torch.where(total > 0, total, 1.0)
-    mu = _descend(G_hat, x) if has_readable_values(x) else _enumerate(G_hat, x)
+    K, on = x.shape[-1], torch.diag_embed((s > 0).to(G))
+    solve = _descend if has_readable_values(x) else _enumerate
+    G_hat = G_hat + K**0.5 * error * on
+    mu = solve(G_hat, x)
+    long = mu.sum(-1, keepdim=True) > (K * precision) ** -0.5
+    if not has_readable_values(x) or bool(long):
+        mu = torch.where(long, solve(G_hat + K * precision * on, x), mu)
     return torch.where(bad, math.nan, p + total * mu * inverse)
 
 

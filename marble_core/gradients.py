@@ -11,6 +11,8 @@ from torch.utils import _pytree as pytree
 
 from marble_core._check import describe, require, require_float, require_vector
 
+_CHUNK = 2**22  # entries of the rows turned into float64 at a time: 32 MiB
+
 
 def gradient_rows(losses_fn: Callable[..., Tensor], params: Any, *args: Any, chunk_size: int | None = None) -> Any:
     """Gradients of K losses with respect to a pytree of parameters, by one forward and K vectorized backwards.
@@ -59,8 +61,10 @@ def combine_rows(rows: Any, weights: Tensor) -> Any:
     """Weighted sum of K gradients, ``sum_k weights_k rows_k``, leaf by leaf.
 
     With ``Harmonization.coefficients`` this is the balanced direction: a *gradient*, which the optimizer subtracts.
-    Any sign and any sum of the weights will do. Halves are summed in float32. A NaN row makes the sum NaN even with
-    weight 0: nothing is silently dropped. Differentiable in both arguments.
+    Any sign and any sum of the weights will do. Products and sums are in float64, a few MiB at a time, and rounded once
+    to the dtype of the rows: large weights that cancel, and those of very short rows (1e8 for a norm of 1e-8), lose
+    nothing. A NaN row makes the sum NaN even with weight 0: nothing is silently dropped. Differentiable in both
+    arguments.
 
     Args:
         rows: pytree with leaves ``[K, ...]``, or ``[K, P]``.
@@ -82,9 +86,9 @@ def combine_rows(rows: Any, weights: Tensor) -> Any:
     require_vector("weights", weights, K, "K")
 
     def combine(x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        w = weights.to(device=x.device, dtype=wide)
-        return (w @ x.to(wide).reshape(K, -1)).reshape(x.shape[1:]).to(x.dtype)
+        w = weights.to(device=x.device, dtype=torch.float64)
+        columns = torch.split(x.reshape(K, -1), max(_CHUNK // K, 1), dim=1)
+        return torch.cat([(w @ part.double()).to(x.dtype) for part in columns]).reshape(x.shape[1:])
 
     return pytree.tree_map(combine, rows)
 

@@ -144,7 +144,9 @@ def test_with_noise_it_gains_more_than_min_norm_of_the_estimate() -> None:
     s[3, :4] = torch.tensor([-0.8, 0.4, 0.3, 0.6])
     S = s @ s.mT
     noise = torch.tensor([0.4, 0.1, 0.2, 0.1], dtype=torch.float64).unsqueeze(1)
-    aware, plain, equal = [], [], []
+    aware: list[float] = []
+    plain: list[float] = []
+    equal: list[float] = []
     for _ in range(150):
         a, b = (s + noise * torch.randn(K, P, generator=g, dtype=torch.float64) for _ in range(2))
         G = gram_matrix((a + b) / 2)
