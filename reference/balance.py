@@ -276,11 +276,20 @@ def _record(
         "stationary": bool(solution.stationary),
         "signal_share": signal.share.tolist(),
         "signal_share_error": signal.share_error.tolist(),
+        "signal_cosines": _signal_cosines(signal),
         "null": null_alignment(len(c)),
         "rho_used": rho_used,
         "next_cosines": after.cosines.tolist() if after else None,
         "next_min_cosine": float(after.minimum) if after else None,
     }
+
+
+def _signal_cosines(signal: Signal) -> list[list[float]]:
+    """Cosines of the signals with each other ``[K][K]``; NaN for a signal within two standard errors of 0."""
+    sure = signal.square > 2 * signal.error.nan_to_num(0.0)
+    norms = torch.where(sure, signal.square, torch.nan).sqrt()
+    found: list[list[float]] = (signal.cross / norms / norms.unsqueeze(-1)).clamp(-1, 1).tolist()
+    return found
 
 
 def is_finite(gradient: Tree) -> bool:

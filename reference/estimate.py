@@ -66,6 +66,7 @@ class Signal(NamedTuple):
         share_error: ``[K]``, the standard error of that.
         rows: the moments, where the step follows them.
         noise: ``[K, K]``, average Gram of whole batches, noise included.
+        cross: ``[K, K]``, average cross-Gram of halves: unbiased, not PSD.
     """
 
     gram: Tensor
@@ -75,6 +76,7 @@ class Signal(NamedTuple):
     share_error: Tensor
     rows: Tree | None
     noise: Tensor
+    cross: Tensor
 
 
 def init_estimate(K: int, rule: Rule, trained: Mapping[str, Tensor]) -> Estimate:
@@ -174,7 +176,7 @@ def _shares(state: Estimate, halves: Tensor, whole: Tensor) -> tuple[Estimate, S
     norm2 = torch.where(G.diagonal() > 0, G.diagonal(), torch.nan)
     s2, error = C.diagonal().clone(), variance.sqrt()
     state = state._replace(cross=cross, square=square, batch=batch, overlap=overlap)
-    return state, Signal(C, s2, error, s2 / norm2, error / norm2, None, G)
+    return state, Signal(C, s2, error, s2 / norm2, error / norm2, None, G, C)
 
 
 def _weighted(rows: Tree, metric: Tree | None) -> Tree:

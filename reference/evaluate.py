@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from reference.base import Base
@@ -19,15 +17,6 @@ from reference.scorer import Scorer, score_images
 from reference.scoring import Scores
 
 _ROWS = 256  # of noise drawn at a time
-
-
-class Interval(NamedTuple):
-    """A mean over ``n`` prompts with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
@@ -176,23 +165,3 @@ def within_std(scores: Scores, images: int) -> Tensor:
     count = (~x.isnan()).sum(1)
     squares = (x - x.nanmean(1, keepdim=True)).square().nansum((0, 1))
     return (squares / (count - 1).clamp(min=0).sum(0)).sqrt()
-
-
-def interval(values: Tensor) -> Interval:
-    """Mean of the values that are not NaN with Student's 95 % interval; prompts are the independent units.
-
-    Example:
-        >>> interval(torch.tensor([1.0, 2.0, 3.0, float("nan")]))
-        Interval(mean=2.0, low=-0.484..., high=4.484..., n=3)
-    """
-    x = values[~values.isnan()].double()
-    n = len(x)
-    if n < 2:
-        return Interval(float(x.mean()) if n else float("nan"), float("nan"), float("nan"), n)
-    mean, half = float(x.mean()), float(stats.t.ppf(0.975, n - 1) * x.std() / n**0.5)
-    return Interval(mean, mean - half, mean + half, n)
-
-
-def gain(before: Tensor, after: Tensor) -> list[Interval]:
-    """Change of each reward from ``[P, K]`` to ``[P, K]``, prompt by prompt: the same prompts, the same noise."""
-    return [interval(column) for column in (after - before).unbind(1)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from reference.evaluate import evaluate, first_images, interval, prompt_means, within_std
+from reference.evaluate import evaluate, first_images, prompt_means, within_std
+from reference.intervals import interval
 from reference.live import save_grid
 from reference.state import Run, State
 
@@ -33,11 +34,11 @@ def evaluate_held_out(run: Run, state: State, name: str) -> None:
         world=run.world,
     )
     means, rewards = prompt_means(scores, log.eval_images), inputs.watched.rewards
-    columns = dict(zip(rewards, means.unbind(1), strict=True))
+    columns = dict(zip(rewards, means.T.tolist(), strict=True))
     record = {
         "rewards": {k: interval(column)._asdict() for k, column in columns.items()},
         "within_std": dict(zip(rewards, within_std(scores, log.eval_images).tolist(), strict=True)),
-        "per_prompt": {k: column.tolist() for k, column in columns.items()},
+        "per_prompt": columns,
         "settings": settings_of(run),
     }
     live.log({"kind": "eval", "step": state.step, "epoch": state.epoch, **record})

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from statistics import NormalDist, median
+from statistics import fmean, median
 from string import Template
 from typing import Any, NamedTuple
 
@@ -19,9 +19,13 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from reference.intervals import Interval, change, interval, verdict, wilson
+from reference.watch import LONGER
+
 _EVAL, _TRAINING, _APPLIED = ("eval", "rewards"), ("epoch", "rewards"), ("step", "coefficients")
 _SMOOTHED, _NORMS, _SECONDS = ("refresh", "smoothed"), ("refresh", "norms"), ("epoch", "seconds")
 _GAINS, _SHARES = ("epoch", "gains"), ("refresh", "signal_share")
+_RECENT = 10  # refreshes behind the conflict matrix
 _Estimate = tuple[float, float, float]  # mean, and the bounds of its 95 % interval
 
 # Okabe and Ito's colours, told apart by colour-blind readers and visible on both backgrounds.
@@ -69,6 +73,7 @@ class _Run(NamedTuple):
     folder: Path
     config: str
     records: dict[str, list[dict[str, Any]]]
+    others: int = 0  # evaluations with other settings than the last one, which are left out
 
     def series(self, kind: str, *keys: str) -> list[float]:
         """Numbers under nested keys of the records of a kind, NaN where there is no finite one."""
@@ -79,6 +84,21 @@ class _Run(NamedTuple):
         mean, low, high = (self.series(*_EVAL, name, key) for key in ("mean", "low", "high"))
         known = [*zip(mean, low, high, strict=True)] or [(math.nan, math.nan, math.nan)]
         return known[0], known[-1] if len(known) > 1 else (math.nan, math.nan, math.nan)
+
+    def change(self, name: str) -> Interval:
+        """Paired change of a held-out reward from the first to the last evaluation; NaN where there is only one."""
+        found = [r["per_prompt"].get(name, []) for r in self.records.get("eval", ()) if "per_prompt" in r]
+        if len(found) < 2 or len(found[0]) != len(found[-1]):
+            return interval([])
+        before, after = ([_number(x) for x in column] for column in (found[0], found[-1]))
+        return change(before, after)
+
+    def conflicts(self) -> tuple[list[str], list[list[float]]]:
+        """Names of the rewards and the cosines of their signals ``[K][K]``, a mean over the last refreshes."""
+        found = [r for r in self.records.get("refresh", ()) if isinstance(r.get("signal_cosines"), dict)][-_RECENT:]
+        names = list(found[0]["signal_cosines"]) if found else []
+        cells = [[[_number(r, "signal_cosines", a, b) for r in found] for b in names] for a in names]
+        return names, [[fmean(_finite(x)) if _finite(x) else math.nan for x in line] for line in cells]
 
     def curves(self, field: tuple[str, str], pens: Mapping[str, tuple[str, str]]) -> list[_Curve]:
         """One curve per reward in a field."""
@@ -108,7 +128,8 @@ def write_report(run: Path) -> Path:
     norms = _figure("Norms", lengths, loaded.curves(_NORMS, pens), wide=True, log=True)
     config = f"<details><summary>config.toml</summary><pre>{escape(loaded.config)}</pre></details>"
     sections = (
-        *(_summary(runs), _rewards(runs), _held_out(runs, pens, by_run=False), _images(runs)),
+        *(_answer(runs), _summary(runs), _rewards(runs), _held_out(runs, pens, by_run=False), _images(runs)),
+        _conflict_matrix(loaded),
         _section("Coefficients", "coefficients", "", smoothed, applied, gains),
         _cosines(runs),
         _section("Gradient norms", "gradient norms", "", norms, shares),
@@ -122,7 +143,7 @@ def write_comparison(runs: Mapping[str, Path], path: Path) -> Path:
     """Write one page that overlays several runs, by label; folders, result and errors as of ``write_report``."""
     loaded = {label: _load(run) for label, run in runs.items()}
     pens = dict(zip(runs, itertools.cycle(_PENS), strict=False))
-    sections = _summary(loaded), _rewards(loaded), _held_out(loaded, pens, by_run=True)
+    sections = _answer(loaded), _summary(loaded), _rewards(loaded), _held_out(loaded, pens, by_run=True)
     return _write_page(path, "Comparison of runs", (*sections, _cosines(loaded), _images(loaded)))
 
 
@@ -155,7 +176,11 @@ def _load(run: Path) -> _Run:
             records.setdefault(str(record.get("kind")), []).append(record)
     if not records:
         raise ValueError(f"{file}: expected at least one record, got {'none' if file.is_file() else 'no file'}.")
-    return _Run(run, toml.read_text("utf-8", "replace") if toml.is_file() else "", records)
+    evals = records.get("eval", [])
+    alike = [record for record in evals if record.get("settings") == evals[-1].get("settings")]
+    records |= {"eval": alike} if evals else {}
+    config = toml.read_text("utf-8", "replace") if toml.is_file() else ""
+    return _Run(run, config, records, len(evals) - len(alike))
 
 
 def _number(item: Any, *keys: str) -> float:
@@ -197,18 +222,53 @@ def _summary(runs: Mapping[str, _Run]) -> str:
     return "".join(lines)
 
 
+def _answer(runs: Mapping[str, _Run]) -> str:
+    """Which rewards rose, which fell, and which two conflict the most, in a line or two for each run."""
+    lines = []
+    for label, run in runs.items():
+        found: dict[str, list[str]] = {}
+        for name in _names([run], _EVAL):
+            found.setdefault(verdict(run.change(name)), []).append(name)
+        words = [word for word in ("raised", "lowered", "not told apart") if word in found]
+        said = [f"{word}: {', '.join(found[word])}" for word in words]
+        names, matrix = run.conflicts()
+        pairs = [(matrix[i][j], names[i], names[j]) for i in range(len(names)) for j in range(i)]
+        worst = min((pair for pair in pairs if not math.isnan(pair[0])), default=None)
+        if worst is not None and worst[0] < 0:
+            said.append(f"strongest conflict: {worst[1]} and {worst[2]}, cosine {worst[0]:+.2f}")
+        if said:
+            lines.append(f"<p><b>{escape(label)}</b>: {escape('; '.join(said))}.</p>")
+    return "".join(lines)
+
+
 def _rewards(runs: Mapping[str, _Run]) -> str:
-    """Rewards before and after, their change as of independent estimates, and what the intervals allow to say."""
+    """Rewards before and after, the paired change prompt by prompt, and what its interval allows to say."""
     rows = [["reward", "before", "after", "change", "verdict"]]
     for name, (label, run) in itertools.product(_names(runs.values(), _EVAL), runs.items()):
-        (b, b_low, b_high), (a, a_low, a_high) = before, after = run.ends(name)
-        low, high = a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low)
-        verdict = "up" if a_low > b_high else "down" if a_high < b_low else "intervals overlap"
-        change = _text((a - b, low, high), "+")
+        (before, after), found = run.ends(name), run.change(name)
         title = name if len(runs) == 1 else f"{name} ({label})"
-        rows.append([title, _text(before), _text(after), change, verdict if low <= high else "unknown"])
-    sentence = "First and last evaluation, with 95 % intervals; that of the change takes the two as independent."
+        rows.append([title, _text(before), _text(after), _text(found[:3], "+"), verdict(found)])
+    sentence = (
+        "First and last evaluation, with 95 % intervals over prompts. The change is paired: the same prompts and the "
+        "same noise before and after; a verdict needs an interval on one side of 0."
+    )
+    others = sum(run.others for run in runs.values())
+    sentence += f" {others} evaluations with other settings are left out." * (others > 0)
     return _section("Rewards before and after", "held-out evaluations", sentence, _table(rows))
+
+
+def _conflict_matrix(run: _Run) -> str:
+    """Cosines of the rewards' signals with each other, averaged over the last refreshes."""
+    names, matrix = run.conflicts()
+    if not names:
+        return ""
+    cells = [[f"{x:+.2f}" if not math.isnan(x) else "-" for x in line] for line in matrix]
+    rows = [["", *names], *([name, *line] for name, line in zip(names, cells, strict=True))]
+    sentence = (
+        "Cosines of the rewards' signals with each other, free of noise bias, at the last refreshes: below 0, what "
+        "raises one lowers the other. A dash: a signal that cannot be told from noise."
+    )
+    return _section("Conflicts between rewards", "conflicts", sentence, _table(rows))
 
 
 def _held_out(runs: Mapping[str, _Run], pens: Mapping[str, tuple[str, str]], *, by_run: bool) -> str:
@@ -271,11 +331,9 @@ def _cosines(runs: Mapping[str, _Run]) -> str:
 
 def _conflicts(cosines: list[float]) -> list[str]:
     """Number, median, and how many are negative: the rate with Wilson's 95 % interval."""
-    n, hits, z = len(cosines), sum(value < 0 for value in cosines), NormalDist().inv_cdf(0.975)
-    center = (hits + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * math.sqrt(hits * (n - hits) / n + z * z / 4)
-    rate = f"{hits / n:.1%} [{max(0.0, center - half):.1%}, {min(1.0, center + half):.1%}]"
-    return [str(n), f"{median(cosines):.3f}", f"{hits} of {n}", rate]
+    n, hits = len(cosines), sum(value < 0 for value in cosines)
+    rate, low, high, _ = wilson(hits, n)
+    return [str(n), f"{median(cosines):.3f}", f"{hits} of {n}", f"{rate:.1%} [{low:.1%}, {high:.1%}]"]
 
 
 def _health(run: _Run) -> str:
@@ -288,6 +346,10 @@ def _health(run: _Run) -> str:
         "x0_abs": "Mean absolute value of the sampled latents; a steady rise warns of collapse.",
     }
     figures = [_figure(key, text, [_Curve(key, x, run.series("step", key), _INK)]) for key, text in texts.items()]
+    velocity = [_Curve("trained", x, run.series("step", "v_norm"), _INK)]
+    base = run.series("step", "v_norm_base")
+    velocity += [_Curve("base", x, base, _MUTED, "dashed")] if _finite(base) else []
+    figures.append(_figure("v_norm", f"Length of the velocity. {LONGER:g} times the base's is a warning.", velocity))
     sentence = f"Skipped steps: {sum(record.get('skipped') is True for record in steps)} of {len(steps)}."
     return _section("Training health", "step records", sentence, *(figures if steps else []))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -317,8 +318,13 @@ def _log_step(
     record = {"refresh": refresh, "skipped": state.skipped > 0, **metrics}
     run.live.log({"kind": "step", **where, **record, "coefficients": dict(zip(names, applied.tolist(), strict=True))})
     if found is not None:
-        named = {k: dict(zip(names, v, strict=True)) if isinstance(v, list) else v for k, v in found.items()}
+        named = {k: _named(names, v) for k, v in found.items()}
         run.live.log({"kind": "refresh", **where, **named})
+
+
+def _named(names: Sequence[str], value: Any) -> Any:
+    """Lists with an entry a reward, also nested ones, as dictionaries."""
+    return {k: _named(names, v) for k, v in zip(names, value, strict=True)} if isinstance(value, list) else value
 
 
 def _prior(gains: Tensor, rule: Rule) -> Tensor:

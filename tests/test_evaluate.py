@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor
 from reference.base import load_base
 from reference.config import Config
 from reference.errors import ConfigError
-from reference.evaluate import evaluate, gain, generate_batches, generator, interval, prompt_means
+from reference.evaluate import evaluate, generate_batches, generator, prompt_means
 from reference.experiments.controls import controls, held_out_gain
 from reference.experiments.demo import RULES, demo
 from reference.experiments.records import records
@@ -31,28 +30,12 @@ def tiny(run: Path, epochs: int = 1) -> Config:
     return dataclasses.replace(preset("tiny"), run=run, epochs=epochs)
 
 
-def test_interval_is_students() -> None:
-    found = interval(torch.tensor([1.0, 2.0, 3.0, 4.0, NAN]))
-    half = 3.182446 * math.sqrt(5 / 3) / 2  # t(0.975, 3) s / sqrt(n)
-    assert found.n == 4
-    assert (found.mean, found.low, found.high) == pytest.approx((2.5, 2.5 - half, 2.5 + half))
-    assert interval(torch.tensor([7.0]))[0] == 7.0
-    assert math.isnan(interval(torch.tensor([7.0])).low)
-    assert math.isnan(interval(torch.tensor([NAN])).mean)
-
-
 def test_prompts_are_the_units_and_inapplicable_images_do_not_count() -> None:
     values = torch.tensor([[1.0], [3.0], [5.0], [0.0], [0.0], [0.0]])
     applicable = torch.tensor([[True], [True], [True], [False], [False], [False]])
     means = prompt_means(Scores(values, applicable), images=2)
     assert means[:2].flatten().tolist() == [2.0, 5.0]
     assert means[2].isnan().all()
-
-
-def test_a_gain_is_paired() -> None:
-    before = torch.tensor([[0.0], [10.0], [20.0], [NAN]])
-    (change,) = gain(before, before + 1)
-    assert change == (1.0, 1.0, 1.0, 3)
 
 
 def test_generators_depend_on_seed_and_purpose_alone() -> None:

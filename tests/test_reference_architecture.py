@@ -14,6 +14,7 @@ MODULES = sorted(path for path in ROOT.rglob("*.py") if path.stem != "__init__")
 # A module may import from those above it alone.
 ORDER = (
     "errors",
+    "intervals",
     "config",
     "presets",
     "toml",
@@ -52,12 +53,12 @@ ORDER = (
     "model",
     "rollout",
     "live",
+    "watch",
     "report",
     "estimate",
     "rows",
     "balance",
     "progress",
-    "watch",
     "evaluate",
     "batch",
     "inputs",

@@ -76,7 +76,8 @@ class Page(HTMLParser):
 
 def evaluation(step: int, **rewards: tuple[float, float, float]) -> dict[str, Any]:
     values = {name: {"mean": m, "low": low, "high": high, "n": 96} for name, (m, low, high) in rewards.items()}
-    return {"kind": "eval", "step": step, "epoch": step // 2, "rewards": values}
+    per_prompt = {name: [m - 1, m, m + 1] for name, (m, _, _) in rewards.items()}  # prompts far apart
+    return {"kind": "eval", "step": step, "epoch": step // 2, "rewards": values, "per_prompt": per_prompt}
 
 
 def epoch(number: int, *warnings: str) -> dict[str, Any]:
@@ -177,15 +178,15 @@ def test_sections_come_in_order(page: Page) -> None:
 
 
 def test_summary(page: Page) -> None:
-    assert "full: rule marble, 21 steps, 2 epochs, wall time 3.0 min." in page.inside("p")
+    assert "full: rule soft-min, 21 steps, 2 epochs, wall time 3.0 min." in page.inside("p")
 
 
 def test_rewards_before_and_after(page: Page) -> None:
-    # Half-widths add in quadrature, each on its side: for objects hypot(0.05, 0.1) below and hypot(0.15, 0.1) above.
+    # All prompts change alike, though they are far apart and the intervals of the means overlap.
     expected = [
-        ["objects", "0.500 [0.400, 0.600]", "0.800 [0.750, 0.950]", "+0.300 [+0.188, +0.480]", "up"],
-        ["text", "0.650 [0.550, 0.800]", "0.600 [0.550, 0.650]", "-0.050 [-0.208, +0.062]", "intervals overlap"],
-        ["size", "0.900 [0.850, 0.950]", "0.700 [0.600, 0.800]", "-0.200 [-0.312, -0.088]", "down"],
+        ["objects", "0.500 [0.400, 0.600]", "0.800 [0.750, 0.950]", "+0.300 [+0.300, +0.300]", "raised"],
+        ["text", "0.650 [0.550, 0.800]", "0.600 [0.550, 0.650]", "-0.050 [-0.050, -0.050]", "lowered"],
+        ["size", "0.900 [0.850, 0.950]", "0.700 [0.600, 0.800]", "-0.200 [-0.200, -0.200]", "lowered"],
     ]
     assert page.rows[1:4] == expected
 
@@ -211,9 +212,21 @@ def test_images_are_embedded(page: Page) -> None:
     assert page.values("alt") == ["full: before training", "full: after training"]
 
 
+HEALTH = ("loss", "grad_norm", "kl", "x0_abs", "v_norm")
+
+
 def test_plots_are_named_and_rewards_keep_their_colour(page: Page) -> None:
     labels = ["objects", "text", "size", "Smoothed weights", "Applied coefficients", "Gains so far", "full"]
-    assert page.values("aria-label") == [*labels, "Norms", "Signal shares", "loss", "grad_norm", "kl", "x0_abs"]
+    assert page.values("aria-label") == [
+        *labels,
+        "Norms",
+        "Signal shares",
+        "loss",
+        "grad_norm",
+        "kl",
+        "x0_abs",
+        "v_norm",
+    ]
     keys = re.findall(r'<i style="border-top:3px (\w+) (#\w+)"></i>(objects|text)', page.html)
     assert set(keys) == {("solid", "#0072b2", "objects"), ("solid", "#d55e00", "text")}
     assert len(keys) == 10
@@ -336,6 +349,24 @@ def test_gaps_where_values_are_missing(tmp_path: Path) -> None:
     assert any(text.startswith("Gradient cosines left out") for text in page.inside("p"))
 
 
+def test_the_first_lines_answer_what_rose_what_fell_and_what_conflicts(page: Page, tmp_path: Path) -> None:
+    assert ": raised: objects; lowered: text, size." in page.inside("p")
+    cosines = {"objects": {"objects": 1.0, "text": -0.6}, "text": {"objects": -0.6, "text": None}}
+    lines = evaluation(0, text=(0.5, 0.4, 0.6)), evaluation(1, text=(0.5, 0.4, 0.6))
+    found = Page(write_report(write_run(tmp_path, *lines, refresh(1, 0.5, None) | {"signal_cosines": cosines})))
+    assert ": not told apart: text; strongest conflict: text and objects, cosine -0.60." in found.inside("p")
+    assert ["objects", "+1.00", "-0.60"] in found.rows
+    assert ["text", "-0.60", "-"] in found.rows
+
+
+def test_evaluations_with_other_settings_are_not_put_side_by_side(tmp_path: Path) -> None:
+    first = evaluation(0, text=(0.1, 0.0, 0.2)) | {"settings": {"images": 2}}
+    others = [evaluation(s, text=(x, x - 0.1, x + 0.1)) | {"settings": {"images": 4}} for s, x in ((2, 0.5), (4, 0.7))]
+    page = Page(write_report(write_run(tmp_path, first, *others)))
+    assert page.rows[1] == ["text", "0.500 [0.400, 0.600]", "0.700 [0.600, 0.800]", "+0.200 [+0.200, +0.200]", "raised"]
+    assert any("1 evaluations with other settings are left out." in text for text in page.inside("p"))
+
+
 def test_odd_names_are_text(tmp_path: Path) -> None:
     name, label = "<em>&\"'$x_1$", "<script>alert(1)</script>"
     lines = evaluation(0, **{name: (0.5, 0.4, 0.6)}), evaluation(1, **{name: (0.5, 0.4, 0.6)}), epoch(0, label)
@@ -385,7 +416,7 @@ def test_comparison(runs: dict[str, Path], tmp_path: Path) -> None:
     assert page.inside("h2") == expected
     assert page.values("aria-label") == ["objects", "extra", "ours", "sum"]
     assert page.rows[1] == ["objects (ours)", "0.500 [0.400, 0.600]", "0.800 [0.700, 0.900]", *page.rows[1][3:]]
-    assert page.rows[2][-2:] == ["+0.150 [+0.009, +0.291]", "intervals overlap"]
+    assert page.rows[2][-2:] == ["+0.150 [+0.150, +0.150]", "raised"]
     assert page.rows[4] == ["extra (sum)", "10.000 [9.000, 11.000]", "-", "-", "unknown"]
     # One of one: Wilson's lower bound is 1 / (1 + z^2).
     assert page.rows[6:] == [

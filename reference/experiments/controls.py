@@ -6,11 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from reference.config import Config
-from reference.evaluate import Interval, gain
 from reference.experiments.records import number, records
+from reference.intervals import Interval, change
 from reference.train import train
 
 
@@ -23,10 +21,9 @@ def controls(settings: Config, rewards: Sequence[str], folder: Path) -> str:
     lines = ["| reward alone | before | after | gain | 95 % interval | prompts |", "|---|---|---|---|---|---|"]
     for name in rewards:
         run_once(dataclasses.replace(settings, run=folder / name, rewards=(name,), balance="uniform"))
-        first, last, change = held_out_gain(folder / name, name)
+        first, last, gain = held_out_gain(folder / name, name)
         lines.append(
-            f"| {name} | {first:.3f} | {last:.3f} | {change.mean:+.3f} | [{change.low:+.3f}, {change.high:+.3f}] | "
-            f"{change.n} |"
+            f"| {name} | {first:.3f} | {last:.3f} | {gain.mean:+.3f} | [{gain.low:+.3f}, {gain.high:+.3f}] | {gain.n} |"
         )
     return "\n".join(lines)
 
@@ -40,6 +37,5 @@ def run_once(config: Config) -> None:
 def held_out_gain(run: Path, reward: str) -> tuple[float, float, Interval]:
     """First and last held-out mean of a reward, and its paired change over prompts."""
     evals = records(run, "eval")
-    per_prompt = [torch.tensor([number(x) for x in e["per_prompt"][reward]]).unsqueeze(1) for e in evals]
-    first, last = evals[0]["rewards"][reward]["mean"], evals[-1]["rewards"][reward]["mean"]
-    return first, last, gain(per_prompt[0], per_prompt[-1])[0]
+    first, last = ([number(x) for x in e["per_prompt"][reward]] for e in (evals[0], evals[-1]))
+    return evals[0]["rewards"][reward]["mean"], evals[-1]["rewards"][reward]["mean"], change(first, last)

@@ -267,7 +267,7 @@ def _coefficients(rule: Rule, prior: Tensor, H: Array, C: Array, error: Array) -
     noise, cross = torch.from_numpy(h), torch.from_numpy(C)
     gram = fit(cross) if rule.gram in ("halves", "moment_halves") else noise
     square, nothing = torch.from_numpy(C.diagonal().copy()), torch.full((K,), torch.nan, dtype=torch.float64)
-    signal = Signal(gram, square, torch.from_numpy(error), nothing, nothing, None, noise)
+    signal = Signal(gram, square, torch.from_numpy(error), nothing, nothing, None, noise, cross)
     x[:K] = solve(rule, signal, prior).coefficients.numpy()
     if rule.gradients == "full":
         x[K + 1] = x[:K].sum()
