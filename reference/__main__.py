@@ -23,10 +23,11 @@ from reference.arguments import (
     MakePrompts,
     Pretrain,
     Report,
+    Settle,
     Similarity,
     Train,
 )
-from reference.config import Config, Preset, is_world
+from reference.config import Config, Preset, is_world, training_times
 from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
 from reference.presets import preset
 from reference.toml import from_toml
@@ -126,6 +127,24 @@ def diagnose_command(argv: Sequence[str]) -> None:
     print(diagnose(settings, run=a.run, units=a.units, held_out=a.held_out, sketch=a.sketch, folder=folder))
 
 
+def settle_command(argv: Sequence[str]) -> None:
+    """``settle``."""
+    a = tyro.cli(Settle, prog="python -m reference settle", args=list(argv))
+    from reference.experiments.settle import Setting, settle
+    from reference.experiments.settle_tables import tables
+
+    config = preset(a.preset) if a.run is None else from_toml(a.run / "config.toml", preset(a.preset))
+    log = dataclasses.replace(config.log, eval_prompts=a.eval_prompts)
+    config = dataclasses.replace(config, threads=a.threads, log=log)
+    validate(config)
+    folder = a.folder or (Path("runs/settle") / a.preset if a.run is None else a.run / "settle")
+    found = settle(config, a.run, Setting(a.prompts, a.sizes, a.images), a.batches, folder)
+    rows = a.prompts * config.rollout.images_per_prompt * (config.loss.timesteps_per_image or training_times(config))
+    text = tables(found, config.rewards, rows)
+    (folder / "settle.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
 def generate_command(argv: Sequence[str]) -> None:
     """``generate``."""
     a = tyro.cli(Generate, prog="python -m reference generate", args=list(argv))
@@ -206,6 +225,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "controls": (controls_command, "one run a reward: can each be raised at all?"),
     "compare": (compare_command, "rules and seeds side by side: tables and figures of held-out gains"),
     "diagnose": (diagnose_command, "signal, noise and conflict of the gradients, and what each rule makes of them"),
+    "settle": (settle_command, "where the sum's step lowers a reward, does the balanced step raise all?"),
     "generate": (generate_command, "images of a run on a grid, for any prompts"),
     "evaluate": (evaluate_command, "all rewards of a run on any prompts, with intervals, and the paper's composite"),
     "make-prompts": (make_prompts_command, "a file of prompts, so that a run needs none from elsewhere"),

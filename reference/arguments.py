@@ -121,6 +121,35 @@ class Diagnose:
 
 
 @dataclass(frozen=True)
+class Settle:
+    """Where the weighted sum's step lowers a reward on held-out prompts, does the balanced step raise every one?
+
+    Every rule takes one virtual step from the same weights and the same mini-batch; held-out prompts are drawn again
+    with the noise of before.
+    """
+
+    run: Path | None = None
+    """Run folder whose newest checkpoint is tried; without it, a preset's base policy."""
+    preset: Literal["world", "world-conflict", "tiny"] = "world-conflict"
+    """The preset whose base policy is tried, where no run is given."""
+    batches: int = 12
+    """Mini-batches; those in the folder are not tried again."""
+    prompts: int = 6
+    """Groups of images of a mini-batch, 72 rows each in the world presets: 6 for 432 rows, 60 for 4,320."""
+    sizes: tuple[float, ...] = (0.3, 0.0)
+    """Lengths of the steps; 0 for a step of AdamW with the run's settings."""
+    eval_prompts: int = 60
+    """Held-out prompts."""
+    images: int = 2
+    """Images of each of them."""
+    folder: Path | None = None
+    """Where the batches and settle.md go; by default settle/ in the run folder, or runs/settle/ and the preset's "
+    "name."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+
+
+@dataclass(frozen=True)
 class Generate:
     """Images of a run on a grid, with the averaged weights of its newest checkpoint."""
 

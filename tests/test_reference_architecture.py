@@ -74,6 +74,8 @@ ORDER = (
     "experiments.bank",
     "experiments.tilt",
     "experiments.diagnose",
+    "experiments.settle",
+    "experiments.settle_tables",
     "experiments.statistics",
     "experiments.comparison",
     "experiments.compare",
@@ -123,4 +125,4 @@ def test_the_trainer_uses_the_public_core_alone(path: Path) -> None:
 
 def test_only_balance_harmonizes() -> None:
     users = {name(p) for p in MODULES if "harmonize(" in p.read_text(encoding="utf-8")}
-    assert users == {"balance"}
+    assert users == {"balance", "experiments.settle"}

@@ -1,0 +1,272 @@
+"""The test of the claim: where the weighted sum's step lowers a reward, does the balanced step raise every one?
+
+From the same weights and the same mini-batch every rule takes one virtual step. The rewards are measured again on
+held-out prompts with the noise of before, so that a difference is the step's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from marble_core import (
+    combine_rows,
+    cone_weights,
+    cross_alignment,
+    cross_gram,
+    gram_matrix,
+    harmonize,
+    noise_aware_weights,
+    shrink_gram,
+    signal_gram,
+    soft_min_weights,
+)
+from reference.balance import Step, init_balance, signal_weights
+from reference.base import Base
+from reference.batch import advantages, sample_epoch, step_rows
+from reference.config import Config, Rule, SolveConfig, rule_of
+from reference.errors import ConfigError
+from reference.estimate import Tree
+from reference.evaluate import evaluate, prompt_means, within_std
+from reference.experiments.peers import upgrad
+from reference.inputs import Inputs, prepare
+from reference.intervals import change
+from reference.model import load_model
+from reference.policy import Policy, adapter_state, load_adapter
+from reference.progress import Progress, gains_of
+from reference.prompts import all_prompts
+from reference.rows import Rows, all_rows, part_of
+from reference.state import newest
+
+_OTHER_SEED = 2000  # so that no batch is one that the run was trained on
+_FRESH = 100_000  # the number of the batch that all directions are compared with
+
+
+class Evidence(NamedTuple):
+    """What a rule may look at.
+
+    Attributes:
+        gram: ``[K, K]``, of the batch's gradients.
+        signal: ``[K, K]``, of the signals: unbiased, shrunk by its error.
+        gain: ``[K]``, of the rewards so far; NaN at the base policy.
+    """
+
+    gram: Tensor
+    signal: Tensor
+    gain: Tensor
+
+
+def _uniform(e: Evidence) -> Tensor:
+    return torch.full_like(e.gain, 1 / len(e.gain))
+
+
+def _soft_min(e: Evidence) -> Tensor:
+    return soft_min_weights(e.gain, _uniform(e), 4.0, keep=0.5)
+
+
+def _between_refreshes(e: Evidence) -> Tensor:
+    """The paper's step between two refreshes: weights of unit gradients, applied to the raw ones."""
+    return harmonize(e.gram).weights
+
+
+# Coefficients of the raw gradients [K] by rule; the raw sum of rewards has a gradient of its own.
+RULES: dict[str, Callable[[Evidence], Tensor]] = {
+    "uniform": _uniform,
+    "soft-min": _soft_min,
+    "marble": lambda e: harmonize(e.gram).coefficients,
+    "marble-paper, between refreshes": _between_refreshes,
+    "noise-aware": lambda e: noise_aware_weights(e.signal, e.gram).coefficients,
+    "cone": lambda e: cone_weights(e.signal, _uniform(e), step_gram=e.gram),
+    "upgrad": lambda e: upgrad(e.gram),
+}
+SUM = "weighted-sum"
+
+
+class Setting(NamedTuple):
+    """What a batch is tried with.
+
+    Attributes:
+        prompts: groups of images of a batch.
+        sizes: lengths of the steps along each direction; 0 is a step of AdamW with the run's settings.
+        images: of each held-out prompt.
+    """
+
+    prompts: int
+    sizes: tuple[float, ...]
+    images: int
+
+
+class Bench(NamedTuple):
+    """The policy under test, and all that is needed to draw a batch and to judge a step."""
+
+    config: Config
+    base: Base
+    policy: Policy
+    inputs: Inputs
+    gain: Tensor
+    optimizer: dict[str, Any] | None
+
+
+def open_bench(config: Config, run: Path | None) -> Bench:
+    """Load the base policy of a configuration, or the newest checkpoint of a run.
+
+    Raises:
+        ConfigError: the run has no checkpoint.
+    """
+    inputs = prepare(config)
+    base, policy = load_model(config, [p.text for p in [*all_prompts(inputs.pool), *inputs.held_out]])
+    gain, optimizer = torch.full((len(config.rewards),), torch.nan, dtype=torch.float64), None
+    if run is not None:
+        state = newest(run)
+        load_adapter(policy, "default", state["default"])
+        load_adapter(policy, "old", state["old"])
+        gain, optimizer = gains_of(Progress(*state["progress"])), state["optimizer"]
+    return Bench(config, base, policy, inputs, gain, optimizer)
+
+
+class Batch(NamedTuple):
+    """Gradients of one mini-batch: of the rewards (both halves), of the raw sum, and of what all rules share."""
+
+    a: Tree
+    b: Tree
+    total: Tree
+    shared: Tree
+
+
+def gradients(bench: Bench, number: int, prompts: int) -> Batch:
+    """Draw a mini-batch of ``prompts`` groups and take its gradients, in two halves that share no prompt."""
+    rollout_config = dataclasses.replace(bench.config.rollout, prompts_per_epoch=prompts)
+    config = dataclasses.replace(bench.config, seed=bench.config.seed + _OTHER_SEED, rollout=rollout_config)
+    rollout = sample_epoch(bench.policy, bench.base, bench.inputs.trained, bench.inputs.pool, config, number)
+    A, A_sum = advantages(rollout.scores, config)
+    half = torch.arange(len(A)) // config.rollout.images_per_prompt % 2
+    index = torch.cat([(half == side).nonzero().flatten() for side in (0, 1)])
+    rows = step_rows(bench.base, rollout, A, A_sum, index, config, number, 0)
+    rule = rule_of(dataclasses.replace(config, balance=SUM, solve=SolveConfig()))
+    first = int((rows.half == 0).sum())
+    parts = [_gradients_of(bench, part_of(rows, side), rule) for side in (slice(first), slice(first, None))]
+    share = first / len(rows.half)
+    weights = (share, 1 - share)
+    a, b = ({k: 2 * w * x[:-1] for k, x in h.items()} for w, (h, _) in zip(weights, parts, strict=True))
+    total = {k: sum(w * h[k][-1] for w, (h, _) in zip(weights, parts, strict=True)) for k in a}
+    shared = {k: sum(w * s[k] for w, (_, s) in zip(weights, parts, strict=True)) for k in a}
+    return Batch(a, b, total, shared)  # type: ignore[arg-type]
+
+
+def _gradients_of(bench: Bench, rows: Rows, rule: Rule) -> tuple[Tree, Tree]:
+    """Gradients of all rewards and of the raw sum ``[K + 1, ...]``, and of the shared part, over some rows."""
+    K, loss = rows.A.shape[1], bench.config.loss
+    prior = torch.full((K,), 1 / K, dtype=torch.float64)
+    weigh = signal_weights(rule, init_balance(K, rule, {}), loss.a_max, Step(True, False, False, prior, None, None))
+    part = all_rows(bench.policy, rows, rule, loss, weigh, bench.config.optim.micro_batch)
+    return part.h, part.shared
+
+
+def directions(batch: Batch, gain: Tensor) -> tuple[dict[str, Tree], dict[str, Tensor], Evidence]:
+    """The gradient that each rule would hand to the optimiser, its coefficients, and what it looked at."""
+    h = {k: (batch.a[k] + batch.b[k]) / 2 for k in batch.a}
+    signal, _ = shrink_gram(signal_gram(cross_gram(batch.a, batch.b).cpu()))
+    evidence = Evidence(gram_matrix(h).cpu(), signal, gain)
+    coefficients = {label: rule(evidence) for label, rule in RULES.items()}
+    found = {SUM: batch.total} | {label: combine_rows(h, c) for label, c in coefficients.items()}
+    whole = {label: {k: x + batch.shared[k] for k, x in tree.items()} for label, tree in found.items()}
+    return whole, coefficients, evidence
+
+
+def stepped(bench: Bench, direction: Tree, size: float) -> Tree:
+    """The weights after one virtual step: of length ``size`` along a direction, or of AdamW where it is 0."""
+    weights = adapter_state(bench.policy, "default")
+    if size > 0:
+        length = math.sqrt(sum(float(x.double().square().sum()) for x in direction.values()))
+        return {k: x - size / max(length, 1e-300) * direction[k] for k, x in weights.items()}
+    o, trial = bench.config.optim, [torch.nn.Parameter(x) for x in weights.values()]
+    adam = torch.optim.AdamW(trial, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, eps=o.eps)
+    if bench.optimizer is not None:
+        adam.load_state_dict(bench.optimizer)
+    for p, g in zip(trial, direction.values(), strict=True):
+        p.grad = g.clone()
+    torch.nn.utils.clip_grad_norm_(trial, o.clip)
+    adam.step()
+    return {k: p.detach() for k, p in zip(weights, trial, strict=True)}
+
+
+def judged(bench: Bench, weights: Mapping[str, Tensor], images: int) -> tuple[Tensor, Tensor]:
+    """Mean of every reward on each held-out prompt ``[P, K]``, and its spread within a prompt ``[K]``."""
+    config, trained = bench.config, bench.inputs.trained
+    scores, _ = evaluate(
+        bench.policy,
+        bench.base,
+        weights,
+        bench.inputs.held_out,
+        trained,
+        images=images,
+        sampler=config.rollout.sampler,
+        steps=config.rollout.steps,
+        batch=config.rollout.batch,
+        seed=1,
+    )
+    return prompt_means(scores, images), within_std(scores, images)
+
+
+def try_batch(bench: Bench, number: int, setting: Setting, before: Tensor, other: Tree) -> dict[str, Any]:
+    """One batch: paired held-out changes of every reward after each rule's step, and what its gradients look like.
+
+    ``other`` are the K gradients of a batch that no direction is made from.
+    """
+    batch = gradients(bench, number, setting.prompts)
+    found, coefficients, evidence = directions(batch, bench.gain)
+    names, changes = bench.config.rewards, {}
+    for size in setting.sizes:
+        for label, direction in found.items():
+            after, _ = judged(bench, stepped(bench, direction, size), setting.images)
+            pairs = zip(before.T.tolist(), after.T.tolist(), strict=True)
+            changes[f"{label} @ {size:g}"] = {k: change(x, y)[:3] for k, (x, y) in zip(names, pairs, strict=True)}
+    h = {k: (batch.a[k] + batch.b[k]) / 2 for k in batch.a}
+    solved = harmonize(evidence.gram)
+    cosines = {
+        kind: {label: float(cross_alignment(d, rows).minimum) for label, d in found.items()}
+        for kind, rows in (("same", h), ("fresh", other))
+    }
+    return {
+        "batch": number,
+        "changes": changes,
+        "coefficients": {label: c.tolist() for label, c in coefficients.items()},
+        "direction_norm": float(solved.direction_norm),
+        "stationary": bool(solved.stationary),
+        "cosines": cosines,
+    }
+
+
+def settle(config: Config, run: Path | None, setting: Setting, batches: int, folder: Path) -> list[dict[str, Any]]:
+    """Try ``batches`` mini-batches; those that are in the folder are not tried again.
+
+    Returns:
+        One record a batch, as written to ``folder``.
+
+    Raises:
+        ConfigError: too few prompts or batches.
+    """
+    if setting.prompts < 2 or batches < 1 or not setting.sizes:
+        raise ConfigError("settle: expected at least 2 prompts a batch, 1 batch and 1 size.")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting = [n for n in range(batches) if not (folder / f"batch-{n:04d}.json").exists()]
+    if waiting:
+        bench = open_bench(config, run)
+        before, spread = judged(bench, adapter_state(bench.policy, "default"), setting.images)
+        units = dict(zip(config.rewards, spread.tolist(), strict=True))
+        fresh = gradients(bench, _FRESH, setting.prompts)
+        other = {k: (fresh.a[k] + fresh.b[k]) / 2 for k in fresh.a}
+        for n in waiting:
+            record = try_batch(bench, n, setting, before, other) | {"within_std": units}
+            (folder / f"batch-{n:04d}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+            print(f"batch {n}: done", flush=True)
+    return [json.loads((folder / f"batch-{n:04d}.json").read_text(encoding="utf-8")) for n in range(batches)]
