@@ -113,7 +113,7 @@ def training(policy: Policy, rows: Rows, kind: Kind, setup: Setup) -> Callable[[
                     gradient = transcription(policy, rows, LOSS, setup.batch)
             else:
                 refresh = kind.every > 0 and i % kind.every == 0
-                step = Step(refresh, collect=False, uniform=False, prior=prior, metric=None, previous=None)
+                step = Step(refresh, prior=prior, metric=None, previous=None)
                 result = step_gradient(policy, rows, balance, kind.rule, LOSS, step, micro_batch=setup.batch)
                 gradient, balance = result.gradient, result.balance
             for name, p in trained.items():

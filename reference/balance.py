@@ -27,7 +27,7 @@ from marble_core import (
 )
 from reference.config import FROM_PRIOR, SOLVERS, LossConfig, Rule
 from reference.distributed import ALONE, all_reduce
-from reference.estimate import Estimate, Signal, Tree, collect, init_estimate, observe
+from reference.estimate import Estimate, Signal, Tree, init_estimate, observe
 from reference.policy import Policy
 from reference.rows import Rows, Weigh, Whole, all_rows, halves, joined, one_gradient
 from reference.scoring import load_callable
@@ -55,26 +55,26 @@ class Step(NamedTuple):
 
     Attributes:
         refresh: solve (or, with a fixed rule, measure).
-        collect: compute all K gradients for the refresh that is near.
-        uniform: the uniform tail: weights 1/K whatever the rule says.
-        prior: ``[K]``, weights of the advantages before balancing, on the simplex.
+        prior: ``[K]``, weights of the advantages before balancing: on the simplex, or those of the raw sum.
         metric: diagonal of the optimiser's inverse metric by name, or None.
         previous: the gradient of the step before, whose cosines with this batch are measured.
     """
 
     refresh: bool
-    collect: bool
-    uniform: bool
     prior: Tensor
     metric: Tree | None
     previous: Tree | None
 
 
 class StepResult(NamedTuple):
-    """One step's gradient by parameter name, the balancing state after it, and what to log."""
+    """One step's gradient by parameter name, the balancing state after it, and what to log.
+
+    ``coefficients [K]`` are those that this step's gradients of the rewards were multiplied by.
+    """
 
     gradient: Tree
     balance: Balance
+    coefficients: Tensor
     metrics: dict[str, float]
     refresh: dict[str, Any] | None
 
@@ -123,12 +123,13 @@ def step_gradient(
     whole = whole or Whole(ALONE, int((rows.half == 0).sum()), rows.x0.shape[0])
     weigh = signal_weights(rule, balance, loss.a_max, step)
     K, full = rows.A.shape[1], rule.gradients == "full"
-    if not (step.refresh or step.collect):
-        scaled = full and rule.amortize == "norm_corrected" and rule.kind == "solve" and not step.uniform
-        prox_scale = float(balance.applied.sum()) if scaled else 1.0
+    used = applied_coefficients(rule, balance, step.prior)
+    if not step.refresh:
+        scaled = full and rule.amortize == "norm_corrected" and rule.kind == "solve"
+        prox_scale = float(used.sum()) if scaled else 1.0
         gradient, metrics = one_gradient(policy, rows, loss, weigh, prox_scale, micro_batch, whole)
-        return StepResult(gradient, balance, metrics, None)
-    fixed = not step.refresh or rule.kind != "solve" or step.uniform
+        return StepResult(gradient, balance, used, metrics, None)
+    fixed = rule.kind != "solve"
     parts = [
         all_rows(policy, part, rule, loss, weigh if fixed else None, micro_batch, total, whole.world, most)
         for part, total, most in halves(rows, whole)
@@ -136,18 +137,12 @@ def step_gradient(
     a, b, last, shared, pull, metrics = joined(all_reduce(parts, whole.world), whole, K)
     own = last if fixed else None
     h = {name: (a[name] + b[name]) / 2 for name in a}
-    estimate, sum_a, sum_b = collect(balance.estimate, a, b, rule)
-    balance = balance._replace(estimate=estimate)
-    if not step.refresh:
-        assert own is not None
-        gradient = {name: x + shared[name] for name, x in own.items()}
-        return StepResult(_added(gradient, pull), balance, metrics, None)
-    estimate, signal = observe(estimate, sum_a, sum_b, shared if full else None, rule, step.metric)
+    estimate, signal = observe(balance.estimate, a, b, shared if full else None, rule, step.metric)
     balance = balance._replace(estimate=estimate)
     solution = solve(rule, signal, step.prior)
     rho_used, prox_scale = None, 1.0
     if own is not None:
-        direction, c = own, step.prior if rule.solver == "prior" else torch.full((K,), 1.0 / K, dtype=torch.float64)
+        direction, c = own, used
     else:
         balance, rho_used, c = refreshed(rule, balance, signal.gram, solution, step.prior)
         direction, prox_scale = combine_rows(signal.rows or h, c), float(c.sum()) if full else 1.0
@@ -155,7 +150,7 @@ def step_gradient(
     gradient = _added(gradient, pull)
     g = {name: x + shared[name] for name, x in h.items()} if full else h
     record = _record(balance, solution, signal, gradient, g, c, step.previous, rho_used)
-    return StepResult(gradient, balance, metrics, record)
+    return StepResult(gradient, balance, c, metrics, record)
 
 
 def solve(rule: Rule, signal: Signal, prior: Tensor) -> Harmonization:
@@ -224,7 +219,9 @@ def refreshed(
 
 
 def applied_coefficients(rule: Rule, balance: Balance, prior: Tensor) -> Tensor:
-    """Coefficients of the raw gradients between refreshes ``[K]``."""
+    """Coefficients of the raw gradients between refreshes ``[K]``: those of the prior where nothing is solved."""
+    if rule.kind != "solve":
+        return prior
     return balance.applied + prior if rule.solver in FROM_PRIOR else balance.applied
 
 
@@ -234,9 +231,9 @@ def signal_weights(rule: Rule, balance: Balance, a_max: float, step: Step) -> We
     Norm-corrected coefficients combine in r, which is exact with clamping; the others are the papers' rules, which
     combine advantages.
     """
-    if rule.kind == "weighted-sum" and not step.uniform:
+    if rule.kind == "weighted-sum":
         return lambda A, A_sum: interpolation(A_sum, a_max=a_max) - 0.5
-    if rule.kind == "uniform" or step.uniform:
+    if rule.kind == "uniform":
         return lambda A, A_sum: interpolation(A.mean(-1), a_max=a_max) - 0.5
     c = applied_coefficients(rule, balance, step.prior)
     if rule.amortize == "paper":

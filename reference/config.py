@@ -134,8 +134,6 @@ class SolveConfig:
     (free of noise bias), the Gram of the gradients' moments, or the cross-Gram of the moments of both halves."""
     decay: float | None = None
     """Memory of that Gram matrix, or of the moments; 0 for none."""
-    accumulate: int | None = None
-    """Steps before a refresh over which gradients are added up for it: more rows a solve."""
     shrink: bool | None = None
     """Move a reward's weight to its prior's as far as its signal cannot be told from zero."""
     metric: Literal["euclidean", "adam"] | None = None
@@ -150,8 +148,6 @@ class SolveConfig:
     """Share of the weights that softmin leaves as the prior has them."""
     rows: Literal["shared", "k_pass"] = "shared"
     """All K gradients from one shared backward pass, or from K passes."""
-    uniform_tail: int = 0
-    """Epochs at the end with uniform weights."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +265,6 @@ class Rule:
     solver: str
     gram: Literal["batch", "halves", "consecutive", "moments", "moment_halves"]
     decay: float
-    accumulate: int
     shrink: bool
     metric: Literal["euclidean", "adam"]
     step: Literal["batch", "moments"]
@@ -290,7 +285,6 @@ _MIN_NORM = Rule(
     solver="min-norm",
     gram="batch",
     decay=0.0,
-    accumulate=1,
     shrink=False,
     metric="euclidean",
     step="batch",

@@ -35,8 +35,6 @@ class Estimate(NamedTuple):
         mean: moments of the gradients, or of those of the first halves.
         mean_b: of the second halves.
         last: gradients of the refresh before.
-        sum: gradients collected since then, of the first halves.
-        sum_b: of the second halves.
         cross: average cross-Gram of halves, unbiased.
         square: average of its squared entries.
         batch: average Gram of whole batches.
@@ -47,8 +45,6 @@ class Estimate(NamedTuple):
     mean: Moments
     mean_b: Moments
     last: Tree
-    sum: Tree
-    sum_b: Tree
     cross: GramEma
     square: GramEma
     batch: GramEma
@@ -85,28 +81,16 @@ def init_estimate(K: int, rule: Rule, trained: Mapping[str, Tensor]) -> Estimate
     nothing = Moments({}, torch.zeros(K, dtype=torch.float64))
     both = rule.gram == "moment_halves"
     mean = init_moments(zeros) if both or rule.gram == "moments" or rule.step == "moments" else nothing
-    gathered = {name: x.clone() for name, x in zeros.items()} if rule.accumulate > 1 else {}
     return Estimate(
         gram=init_gram_ema(K),
         mean=mean,
         mean_b=init_moments(zeros) if both else nothing,
         last=zeros if rule.gram == "consecutive" else {},
-        sum=gathered,
-        sum_b={name: x.clone() for name, x in gathered.items()},
         cross=init_gram_ema(K),
         square=init_gram_ema(K),
         batch=init_gram_ema(K),
         overlap=torch.zeros((), dtype=torch.float64),
     )
-
-
-def collect(state: Estimate, a: Tree, b: Tree, rule: Rule) -> tuple[Estimate, Tree, Tree]:
-    """Add the gradients of a step's halves to those since the last refresh, and return the means over those steps."""
-    if rule.accumulate == 1:
-        return state, a, b
-    total = {name: state.sum[name] + x / rule.accumulate for name, x in a.items()}
-    total_b = {name: state.sum_b[name] + x / rule.accumulate for name, x in b.items()}
-    return state._replace(sum=total, sum_b=total_b), total, total_b
 
 
 def observe(
@@ -141,7 +125,6 @@ def observe(
     elif rule.gram != "moment_halves":
         state, gram = _averaged(state, whole, halves, batch, rule, metric)
         gram = gram if rule.gram == "batch" else fit(gram)
-    state = state._replace(sum=_zeros(state.sum), sum_b=_zeros(state.sum_b))
     return state, signal._replace(gram=gram, rows=rows if rule.step == "moments" else None)
 
 
@@ -182,8 +165,3 @@ def _shares(state: Estimate, halves: Tensor, whole: Tensor) -> tuple[Estimate, S
 def _weighted(rows: Tree, metric: Tree | None) -> Tree:
     """Rows times the inverse metric, for the left side of an inner product."""
     return rows if metric is None else {name: x * metric[name] for name, x in rows.items()}
-
-
-def _zeros(tree: Tree) -> Tree:
-    """A tree of zeros like another."""
-    return {name: torch.zeros_like(x) for name, x in tree.items()}

@@ -49,13 +49,12 @@ def _work(config: Config) -> _Work:
     """Count."""
     r, rule = config.rollout, rule_of(config)
     steps = config.epochs * config.optim.steps_per_epoch
-    due = [any(refresh_due(s + ahead, rule.refresh_every) for ahead in range(rule.accumulate)) for s in range(steps)]
     return _Work(
         images=r.prompts_per_epoch * r.images_per_prompt,
         J=config.loss.timesteps_per_image or training_times(config),
         steps=steps,
         refreshes=sum(refresh_due(step, rule.refresh_every) for step in range(steps)),
-        all_rows=sum(due),
+        all_rows=sum(refresh_due(step, rule.refresh_every) for step in range(steps)),
     )
 
 
@@ -75,9 +74,7 @@ def _counts(config: Config, work: _Work) -> dict[str, str]:
         "rows": f"{images} x {work.J} timesteps = {rows}, {rows // config.optim.steps_per_epoch} a step",
         "run": f"{config.epochs} epochs = {work.steps} optimiser steps = {config.epochs * images} images",
         "refreshes": f"{work.refreshes}, every {rule.refresh_every} steps, with {_backwards(rule, K):.0f} backward "
-        "passes each"
-        + (", to measure cosines" if rule.kind != "solve" or rule.solver == "prior" else "")
-        + (f"; {work.all_rows} steps compute all {K} gradients" if rule.accumulate > 1 else ""),
+        "passes each" + (", to measure cosines" if rule.kind != "solve" or rule.solver == "prior" else ""),
     }
 
 
@@ -85,7 +82,6 @@ def _memory(config: Config, P: int) -> dict[str, str]:
     """Lines about what the adapters, their optimiser and K gradients take."""
     rule, K = rule_of(config), len(config.rewards)
     kept = {"moments": 1, "moment_halves": 2, "consecutive": 1}.get(rule.gram, int(rule.step == "moments"))
-    kept += 2 if rule.accumulate > 1 else 0
     # two adapters, EMA, Adam, gradient, step before and shared; K rows of two halves and their sum, and what is kept
     memory = P * _BYTES * (2 + 1 + 2 + 1 + 2 + (3 + kept) * K)
     return {

@@ -23,7 +23,7 @@ from marble_core import (
     soft_min_weights,
 )
 from reference import checkpoint
-from reference.balance import Step, applied_coefficients, init_balance, is_finite, step_gradient
+from reference.balance import Step, StepResult, applied_coefficients, init_balance, is_finite, step_gradient
 from reference.batch import Rollout, advantages, images_of_steps, sample_epoch, step_rows, whole_step
 from reference.config import Config, Rule, rule_of
 from reference.devices import tf32
@@ -220,7 +220,7 @@ def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None)
         gains = gains_of(progress)
         run.live.phase(state.epoch, "training")
         A, A_sum = advantages(rollout.scores, config)
-        prior = _prior(gains, run.rule)
+        prior = _sum_weights(A, A_sum) if run.rule.kind == "weighted-sum" else _prior(gains, run.rule)
         parts = images_of_steps(len(A), config, state.epoch)
         if rng is not None:
             checkpoint.set_rng_state(rng)
@@ -273,8 +273,6 @@ def _step(run: Run, state: State, rows: Rows, whole: Whole, prior: Tensor) -> St
     every, at = rule.refresh_every, state.step
     step = Step(
         refresh=refresh_due(at, every),
-        collect=any(refresh_due(at + ahead, every) for ahead in range(1, rule.accumulate)),
-        uniform=state.epoch >= config.epochs - config.solve.uniform_tail,
         prior=prior,
         metric=_inverse_metric(run.optimizer, policy) if rule.metric == "adam" else None,
         previous=state.previous,
@@ -294,7 +292,7 @@ def _step(run: Run, state: State, rows: Rows, whole: Whole, prior: Tensor) -> St
     health = observe_step(state.health, metrics)
     skipped = 0 if finite else state.skipped + 1
     state = state._replace(step=at + 1, part=state.part + 1, skipped=skipped, previous=keep, health=health)
-    _log_step(run, state, metrics, result.refresh, step.refresh, prior)
+    _log_step(run, state, metrics, result, step.refresh)
     return state
 
 
@@ -309,22 +307,25 @@ def _descend(run: Run, gradient: Tree) -> float:
     return length
 
 
-def _log_step(
-    run: Run, state: State, metrics: dict[str, float], found: dict[str, Any] | None, refresh: bool, prior: Tensor
-) -> None:
-    """Record a step, and what was found at a refresh; the coefficients are those in force after it."""
+def _log_step(run: Run, state: State, metrics: dict[str, float], result: StepResult, refresh: bool) -> None:
+    """Record a step with the coefficients that it applied, and what was found at a refresh."""
     names, where = run.config.rewards, {"epoch": state.epoch, "step": state.step}
-    applied = applied_coefficients(run.rule, state.balance, prior)  # a step that was skipped changed nothing
     record = {"refresh": refresh, "skipped": state.skipped > 0, **metrics}
-    run.live.log({"kind": "step", **where, **record, "coefficients": dict(zip(names, applied.tolist(), strict=True))})
-    if found is not None:
-        named = {k: _named(names, v) for k, v in found.items()}
-        run.live.log({"kind": "refresh", **where, **named})
+    run.live.log({"kind": "step", **where, **record, "coefficients": _named(names, result.coefficients.tolist())})
+    if result.refresh is not None:
+        run.live.log({"kind": "refresh", **where, **{k: _named(names, v) for k, v in result.refresh.items()}})
 
 
 def _named(names: Sequence[str], value: Any) -> Any:
     """Lists with an entry a reward, also nested ones, as dictionaries."""
     return {k: _named(names, v) for k, v in zip(names, value, strict=True)} if isinstance(value, list) else value
+
+
+def _sum_weights(A: Tensor, A_sum: Tensor) -> Tensor:
+    """Weights ``[K]`` with which the raw sum adds the rewards' own advantages: ``A_sum = A w``, exactly so with one
+    standard deviation for all prompts."""
+    found: Tensor = torch.linalg.lstsq(A.double(), A_sum.double().unsqueeze(1), driver="gelsd").solution.squeeze(1)
+    return found
 
 
 def _prior(gains: Tensor, rule: Rule) -> Tensor:

@@ -56,8 +56,6 @@ def validate(config: Config) -> None:
            rule.prior)  # fmt: skip
     usable = all(0 <= p < math.inf for p in rule.prior) and (not rule.prior or sum(rule.prior) > 0)
     _check(usable, "solve.prior to be finite, at least 0, and not all 0", rule.prior)
-    tail = config.solve.uniform_tail
-    _check(0 <= tail <= config.epochs, f"solve.uniform_tail to be at most epochs = {config.epochs}", tail)
     _check_rule(config, rule)
 
 
@@ -108,8 +106,6 @@ def _check_ranges(config: Config, rule: Rule) -> None:
         _check(0 <= value <= 1, f"{name} to be in [0, 1]", value)
     for name, value in {"solve.guard": rule.guard, "solve.decay": rule.decay}.items():
         _check(0 <= value < 1, f"{name} to be in [0, 1)", value)
-    _check(1 <= rule.accumulate <= rule.refresh_every, "solve.accumulate to be from 1 to solve.refresh_every = "
-           f"{rule.refresh_every}", rule.accumulate)  # fmt: skip
     _check(0 <= rule.softmin < math.inf, "solve.softmin to be finite and at least 0", rule.softmin)
     not_negative = {
         "threads": config.threads, "loss.kl_weight": loss.kl_weight, "loss.norm_guard": loss.norm_guard,
@@ -128,13 +124,12 @@ def _check_rule(config: Config, rule: Rule) -> None:
     _check_name("balance", name, BUILT_IN_RULES)
     if rule.kind != "solve":
         _check_unused(config, [s for s in _SWITCHES if s != "refresh_every"], f"balance {name}, which solves nothing")
-        _check(given.uniform_tail == 0, f"no solve.uniform_tail with balance {name}", given.uniform_tail)
     own = name not in BUILT_IN_RULES
     _check(not own or given.solver is None, "no solve.solver with a rule of your own", given.solver)
     if rule.kind == "solve" and rule.solver in FROM_PRIOR:
         _check_unused(config, ("gradients", "normalize", "rho", "guard", "amortize"), f"solver {rule.solver}")
     if rule.solver == "prior":
-        unused = ("gram", "decay", "accumulate", "shrink", "metric", "step")
+        unused = ("gram", "decay", "shrink", "metric", "step")
         _check_unused(config, unused, "solver prior, which looks at no gradient")
     _check(rule.solver != "noise-aware" or rule.gram in ("halves", "moment_halves"), "solve.gram halves or "
            "moment_halves with solver noise-aware, which needs to know its error", rule.gram)  # fmt: skip

@@ -56,7 +56,7 @@ def test_the_transcription_gives_the_gradient_of_a_weighted_sum_step(micro_batch
     weighted = next(kind for kind in kinds() if kind.name == "weighted-sum")
     assert weighted.rule is not None
     balance = init_balance(3, weighted.rule, parameters(policy))
-    step = Step(False, False, False, torch.full((3,), 1 / 3, dtype=torch.float64), None, None)
+    step = Step(False, torch.full((3,), 1 / 3, dtype=torch.float64), None, None)
     loss = dataclasses.replace(LOSS, kl_weight=0.1)
     ours = step_gradient(policy, rows, balance, weighted.rule, loss, step, micro_batch=micro_batch).gradient
     theirs = transcription(policy, rows, loss, micro_batch)

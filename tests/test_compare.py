@@ -255,7 +255,6 @@ def test_rows_behind_a_solve() -> None:
 
     assert rows("soft-min") is rows("uniform") is rows("weighted-sum") is None
     assert rows("marble-paper") == rows("soft-min", solver="cone") == 432
-    assert rows("marble-paper", accumulate=10) == 4320
     assert rows("marble", gram="moments", decay=0.9) == 8208
 
 

@@ -349,12 +349,8 @@ def test_what_must_be_positive(key: str, value: float) -> None:
         ("loss.timesteps_per_image", -1, "loss.timesteps_per_image to be at most the 7"),
         ("optim.steps_per_epoch", 481, "optim.steps_per_epoch to be at most the 480 images of an epoch, got 481"),
         ("rollout.prompts_per_epoch", 65, "rollout.prompts_per_epoch to be at most rollout.pool = 64, got 65"),
-        ("solve.uniform_tail", 81, "solve.uniform_tail to be at most epochs = 80, got 81"),
-        ("solve.uniform_tail", -1, "solve.uniform_tail to be at most epochs"),
         ("solve.normalize", False, "solve.guard 0 where solve.normalize is false"),
         ("solve.decay", 1.0, "solve.decay to be in"),
-        ("solve.accumulate", 0, "solve.accumulate to be from 1 to solve.refresh_every = 10"),
-        ("solve.accumulate", 11, "solve.accumulate to be from 1 to solve.refresh_every = 10"),
         ("solve.softmin", -1.0, "solve.softmin to be finite and at least 0"),
         ("solve.softmin", float("inf"), "solve.softmin to be finite and at least 0"),
         ("solve.keep", 1.5, "solve.keep to be in"),
@@ -387,7 +383,6 @@ def test_a_value_that_cannot_be_is_named(key: str, value: object, message: str) 
         ("loss.timesteps_per_image", 0),
         ("loss.timesteps_per_image", 7),
         ("optim.steps_per_epoch", 480),
-        ("solve.uniform_tail", 80),
         ("loss.a_max", float("inf")),
     ],
 )
@@ -427,7 +422,7 @@ def test_switches_that_contradict_each_other(solve: SolveConfig, message: str) -
     [
         SolveConfig(solver="cone", gram="moment_halves", decay=0.9, refresh_every=1, prior=(1, 2, 3, 4, 5)),
         SolveConfig(solver="min-norm", gram="moments", decay=0.95, refresh_every=1, metric="adam"),
-        SolveConfig(solver="min-norm", gram="halves", shrink=True, accumulate=4, prior=(1.0,) * 5),
+        SolveConfig(solver="min-norm", gram="halves", shrink=True, prior=(1.0,) * 5),
         SolveConfig(solver="cone", gram="consecutive", step="moments", decay=0.9),
         SolveConfig(softmin=0.0),
     ],
@@ -459,7 +454,7 @@ def test_a_file_of_prompts_does_not_depend_on_the_pool() -> None:
     ("switch", "value"),
     [
         *[("gradients", "full"), ("normalize", True), ("rho", 0.7), ("guard", 0.5), ("amortize", "paper")],
-        *[("solver", "cone"), ("gram", "halves"), ("decay", 0.5), ("accumulate", 2), ("shrink", True)],
+        *[("solver", "cone"), ("gram", "halves"), ("decay", 0.5), ("shrink", True)],
         *[("metric", "adam"), ("step", "moments"), ("prior", (1.0,) * 5), ("softmin", 1.0), ("keep", 0.5)],
     ],
 )
@@ -475,10 +470,8 @@ def test_blocks_are_not_compiled_where_they_are_gathered() -> None:
 
 
 @pytest.mark.parametrize("balance", ["weighted-sum", "uniform"])
-def test_a_rule_that_does_not_solve_measures_cosines_as_told_and_has_no_tail(balance: str) -> None:
+def test_a_rule_that_does_not_solve_measures_cosines_as_told(balance: str) -> None:
     validate(Config(balance=balance, solve=SolveConfig(refresh_every=3, rows="k_pass")))
-    with pytest.raises(ConfigError, match=rf"no solve\.uniform_tail with balance {balance}, got 1"):
-        validate(Config(balance=balance, solve=SolveConfig(uniform_tail=1)))
     both = SolveConfig(rho=0.5, guard=0.0)
     with pytest.raises(ConfigError, match=r"no solve\.rho/guard with balance"):
         validate(Config(balance=balance, solve=both))

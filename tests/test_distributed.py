@@ -41,9 +41,7 @@ RULES = {
     "marble-paper": {"balance": "marble-paper", "solve": SolveConfig(refresh_every=1)},
     "weighted-sum": {"balance": "weighted-sum", "solve": SolveConfig(refresh_every=2)},
     "sharded": {"balance": "marble-paper", "solve": SolveConfig(refresh_every=2)},
-    "cone": {
-        "solve": SolveConfig(solver="cone", gram="moment_halves", decay=0.5, accumulate=2, refresh_every=2, shrink=True)
-    },
+    "cone": {"solve": SolveConfig(solver="cone", gram="moment_halves", decay=0.5, refresh_every=2, shrink=True)},
 }
 EXACT = 1e-5 if torch.__version__.startswith("2.6.") else 1e-6  # applied coefficients; 2.6 rounds otherwise, 3e-6 here
 COMPARED = ("soft-min", "marble-paper", "weighted-sum", *(["sharded"] if can_shard() else []))  # "cone" is handed on

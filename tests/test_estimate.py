@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from marble_core import cross_gram, gram_matrix, psd_part
 from reference.config import Config, Rule, SolveConfig, rule_of
-from reference.estimate import Estimate, Signal, Tree, collect, init_estimate, observe
+from reference.estimate import Estimate, Signal, Tree, init_estimate, observe
 
 K, P = 3, 40
 SIGNALS = torch.tensor([[0.3, 0.0, 0.1], [0.0, 0.2, -0.1], [0.0, 0.0, 0.0]], dtype=torch.float64)
@@ -152,27 +151,12 @@ def test_moments_to_step_along(gram: Any) -> None:
         torch.testing.assert_close(signal.rows[name], x)
 
 
-def test_collected_steps_count_equally_and_once() -> None:
-    one = rule(accumulate=3)
-    state = init_estimate(K, one, {"w": torch.zeros(10).double(), "b": torch.zeros(P - 10).double()})
-    for seed in range(3):
-        state, a, b = collect(state, *halves(seed), one)
-    expected = [halves(seed) for seed in range(3)]
-    for half, found in enumerate((a, b)):
-        for name in found:
-            torch.testing.assert_close(found[name], sum(x[half][name] for x in expected) / 3)
-    after, _ = observe(state, a, b, None, one, None)
-    assert all(not x.any() for x in (*after.sum.values(), *after.sum_b.values()))
-
-
 def test_nothing_is_changed_in_place() -> None:
-    for switches in ({"gram": "moment_halves"}, {"gram": "consecutive"}, {"step": "moments"}, {"accumulate": 2}):
-        one = dataclasses.replace(rule(), **switches)
+    for one in (rule(gram="moment_halves"), rule(gram="consecutive"), rule(step="moments")):
         state = init_estimate(K, one, {"w": torch.zeros(10).double(), "b": torch.zeros(P - 10).double()})
         a, b = halves(0)
         before = [x.clone() for x in (*a.values(), *b.values())]
-        collected, sum_a, sum_b = collect(state, a, b, one)
-        observe(collected, sum_a, sum_b, None, one, None)
+        observe(state, a, b, None, one, None)
         assert all(torch.equal(x, y) for x, y in zip(before, (*a.values(), *b.values()), strict=True))
         assert float(state.cross.weight) == 0
-        assert all(not x.any() for tree in (state.last, state.sum, state.mean.mean) for x in tree.values())
+        assert all(not x.any() for tree in (state.last, state.mean.mean) for x in tree.values())

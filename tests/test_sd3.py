@@ -221,7 +221,7 @@ def refresh(tiny_sd3: Path, cache: Path) -> Refresh:
         base, policy = load_model(config, PROMPTS)
         drifted(policy)
         rule = rule_of(dataclasses.replace(config, balance="marble", solve=SolveConfig()))
-        step = Step(True, False, False, torch.full((5,), 0.2, dtype=torch.float64), None, None)
+        step = Step(True, torch.full((5,), 0.2, dtype=torch.float64), None, None)
         loss = dataclasses.replace(config.loss, kl_weight=1e-2)
         balance = init_balance(5, rule, parameters(policy))
         result = step_gradient(policy, rows_of(config, base), balance, rule, loss, step, micro_batch=8)

@@ -129,8 +129,8 @@ def test_ctrl_c_finishes_the_step_saves_and_goes_on_bit_exactly(
 
 
 STATEFUL = {
-    "moments of halves, collected": SolveConfig(
-        solver="cone", gram="moment_halves", decay=0.5, accumulate=2, refresh_every=2, shrink=True, softmin=3.0
+    "moments of halves": SolveConfig(
+        solver="cone", gram="moment_halves", decay=0.5, refresh_every=2, shrink=True, softmin=3.0
     ),
     "consecutive, adam": SolveConfig(
         solver="min-norm", gram="consecutive", decay=0.5, refresh_every=2, metric="adam", shrink=True, softmin=3.0
@@ -523,6 +523,6 @@ def test_the_same_seed_gives_the_same_run_and_micro_batches_change_nothing(tmp_p
 
 @pytest.mark.parametrize("balance", ["marble-paper", "weighted-sum", "uniform"])
 def test_every_rule_trains(tmp_path: Path, balance: str) -> None:
-    solve = SolveConfig(refresh_every=2, uniform_tail=1 if balance == "marble-paper" else 0)
+    solve = SolveConfig(refresh_every=2)
     train(config(tmp_path / "run", balance=balance, epochs=2, solve=solve))
     assert all(r["min_cosine"] is not None for r in records(tmp_path / "run", "refresh"))

@@ -89,7 +89,7 @@ def _units(
     K = len(config.rewards)
     balance = init_balance(K, rule, {})
     prior = torch.full((K,), 1 / K, dtype=torch.float64)
-    weigh = signal_weights(rule, balance, config.loss.a_max, Step(True, False, False, prior, None, None))
+    weigh = signal_weights(rule, balance, config.loss.a_max, Step(True, prior, None, None))
     for epoch in itertools.count():
         rollout = sample_epoch(policy, base, scorer, pool, config, epoch)
         A, A_sum = advantages(rollout.scores, config)

@@ -305,7 +305,7 @@ def rows_a_solve(config: Config) -> int | None:
         return None
     images = config.rollout.prompts_per_epoch * config.rollout.images_per_prompt / config.optim.steps_per_epoch
     memory = (1 + rule.decay) / (1 - rule.decay) if "moment" in rule.gram else 1
-    return round(images * (config.loss.timesteps_per_image or training_times(config)) * rule.accumulate * memory)
+    return round(images * (config.loss.timesteps_per_image or training_times(config)) * memory)
 
 
 def _worst_figure(worst: Mapping[str, Estimate], rows: Mapping[str, int | None]) -> Figure:

@@ -164,7 +164,7 @@ def _gradients_of(bench: Bench, rows: Rows, rule: Rule) -> tuple[Tree, Tree]:
     """Gradients of all rewards and of the raw sum ``[K + 1, ...]``, and of the shared part, over some rows."""
     K, loss = rows.A.shape[1], bench.config.loss
     prior = torch.full((K,), 1 / K, dtype=torch.float64)
-    weigh = signal_weights(rule, init_balance(K, rule, {}), loss.a_max, Step(True, False, False, prior, None, None))
+    weigh = signal_weights(rule, init_balance(K, rule, {}), loss.a_max, Step(True, prior, None, None))
     part = all_rows(bench.policy, rows, rule, loss, weigh, bench.config.optim.micro_batch)
     return part.h, part.shared
 
