@@ -31,7 +31,7 @@ test: check ## everything that has to pass before a change lands
 	$(PY) -m pytest -n $(WORKERS)
 
 # Training is large tensors: here the threads are torch's to choose.
-demo: $(DEV) ## minutes: weighted sum and MARBLE side by side in the small world, with a report
+demo: $(DEV) ## minutes: three rules on rewards that conflict in the small world, with a report
 	@env -u OMP_NUM_THREADS $(PY) -m reference demo
 
 check: $(DEV) ## lint, format and types

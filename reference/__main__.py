@@ -221,7 +221,7 @@ def similarity_command(argv: Sequence[str]) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (train_command, "fine-tune a base model with several rewards"),
-    "demo": (demo_command, "minutes: weighted sum and MARBLE side by side, with a report"),
+    "demo": (demo_command, "minutes: three rules on rewards that conflict, with a report"),
     "controls": (controls_command, "one run a reward: can each be raised at all?"),
     "compare": (compare_command, "rules and seeds side by side: tables and figures of held-out gains"),
     "diagnose": (diagnose_command, "signal, noise and conflict of the gradients, and what each rule makes of them"),

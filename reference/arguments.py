@@ -32,12 +32,12 @@ class Train:
 
 @dataclass(frozen=True)
 class Demo:
-    """Weighted sum and MARBLE from the same seeds, for a few minutes, with one report about both."""
+    """Three rules from the same seeds on rewards that conflict, for a few minutes, with one report about all."""
 
     epochs: int = preset("demo").epochs
     """Epochs of each run."""
     seed: int = 0
-    """Seed of both runs."""
+    """Seed of all runs."""
     folder: Path = preset("demo").run
     """Where the runs go; those of an earlier demo are replaced."""
 

@@ -63,8 +63,14 @@ def preset(name: Preset) -> Config:
         rewards = ("text", "colour", "jpeg", "sharpness", "contrast")
         return Config(run=Path("runs/world-conflict"), rewards=rewards, log=LogConfig(watch=("objects", "similarity")))
     if name == "demo":
-        log = LogConfig(eval_every=0, eval_prompts=40, save_every=0)
-        return Config(run=Path("runs/demo"), epochs=18, rollout=RolloutConfig(pool=30, prompts_per_epoch=6), log=log)
+        return dataclasses.replace(
+            preset("world-conflict"),
+            run=Path("runs/demo"),
+            epochs=18,
+            rollout=RolloutConfig(pool=30, prompts_per_epoch=6),
+            optim=OptimConfig(lr=1e-3),
+            log=LogConfig(eval_every=0, eval_prompts=120, eval_images=2, save_every=0, watch=()),
+        )
     rollout = RolloutConfig(pool=4, prompts_per_epoch=2, images_per_prompt=4, steps=3, batch=8)
     loss = LossConfig(timesteps_per_image=2)
     optim = OptimConfig(micro_batch=8)

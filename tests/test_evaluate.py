@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from reference.config import Config
 from reference.errors import ConfigError
 from reference.evaluate import evaluate, generate_batches, generator, prompt_means
 from reference.experiments.controls import controls, held_out_gain
-from reference.experiments.demo import RULES, demo
+from reference.experiments.demo import RULES, demo, findings
 from reference.experiments.records import records
 from reference.policy import Adapter, active, adapter_state, add_lora, load_adapter
 from reference.presets import preset
@@ -97,16 +98,32 @@ def test_controls_report_each_reward_and_do_not_repeat_themselves(tmp_path: Path
     assert (tmp_path / "controls" / "colour" / "metrics.jsonl").stat().st_mtime_ns == written
 
 
-def test_the_demo_compares_both_rules_from_the_same_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = demo(tiny(tmp_path / "demo"))
-    assert "Two runs of 1 epochs of 8 images" in capsys.readouterr().out
-    assert "One short run proves nothing" in text
+def test_the_demo_trains_all_rules_from_the_same_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = dataclasses.replace(tiny(tmp_path / "demo"), rewards=("colour", "jpeg"))
+    text = demo(settings)
+    assert "3 runs of 1 epochs of 8 images" in capsys.readouterr().out
     assert text.endswith(f"report: {(tmp_path / 'demo' / 'report.html').resolve()}")
-    for word in (*RULES, "before", "objects", "text", "similarity", "colour", "jpeg"):
+    for word in (*RULES, "colour", "jpeg", "One seed"):
         assert word in text
     start = [records(tmp_path / "demo" / rule, "eval")[0]["rewards"] for rule in RULES]
-    assert start[0] == start[1]
+    assert start[0] == start[1] == start[2]
     assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
+
+
+def test_the_demo_says_what_its_runs_showed_and_no_more() -> None:
+    rng = np.random.default_rng(0)
+    common, noise = rng.normal(size=(60, 1)), 0.1 * rng.normal(size=(60, 2))
+    up, down = np.array([0.5, 0.4]), np.array([1.0, -0.6])
+    text = findings({"sum": noise + down, "ours": noise + up}, ("text", "jpeg"))
+    assert "sum lowers jpeg, raises 1 of 2." in text
+    assert "ours lowers no reward, raises all." in text
+    assert "Smallest gain of ours minus that of sum: +1.0" in text
+    assert "]: larger." in text
+    assert re.search(r"jpeg +-0.[56]\d \[.*\] \* +\+0.[34]\d \[.*\] \+", text)
+    unclear = findings({"sum": common + 0 * down, "ours": -common + 0 * down}, ("text", "jpeg"))
+    assert "sum lowers no reward, raises 0 of 2." in unclear
+    assert "not told apart" in unclear
+    assert "*" not in unclear.split("):", 1)[1]
 
 
 def test_a_missing_base_model_says_what_to_do(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from reference.config import Config
 from reference.errors import ConfigError, TrainingError
 from reference.experiments.comparison import finished, judged_by, write_tables
 from reference.inputs import prepare
+from reference.state import begun
 from reference.toml import from_toml, to_toml
 from reference.validation import validate
 
@@ -74,7 +75,7 @@ def compare(plans: Mapping[str, Sequence[Config]], folder: Path, *, jobs: int, t
     """
     if not tables_only:
         in_turn = [config for configs in zip(*plans.values(), strict=True) for config in configs]
-        _train_all([config for config in in_turn if not finished(config)], jobs)
+        train_all([config for config in in_turn if not finished(config)], jobs)
     return write_tables(plans, folder)
 
 
@@ -125,7 +126,7 @@ def screened(
     return {label: configs for label, configs in plans.items() if label in kept}
 
 
-def _train_all(waiting: Sequence[Config], jobs: int) -> None:
+def train_all(waiting: Sequence[Config], jobs: int) -> None:
     """So many runs at a time. After a failure or Ctrl-C, which reaches the runs as well, no other one begins."""
     with ThreadPoolExecutor(max_workers=max(jobs, 1)) as pool:
         try:
@@ -143,7 +144,7 @@ def _train(config: Config) -> str:
     file = config.run.with_suffix(".toml")
     file.write_text(to_toml(config), encoding="utf-8")
     command = [sys.executable, "-m", "reference", "train", "--config", str(file), "--run", str(config.run)]
-    command += ["--resume"] if (config.run / "metrics.jsonl").exists() else []
+    command += ["--resume"] if begun(config.run) else []
     log = config.run.with_suffix(".log")
     with log.open("a", encoding="utf-8") as out:
         status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode

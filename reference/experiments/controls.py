@@ -9,6 +9,7 @@ from pathlib import Path
 from reference.config import Config
 from reference.experiments.records import number, records
 from reference.intervals import Interval, change
+from reference.state import begun
 from reference.train import train
 
 
@@ -31,7 +32,7 @@ def controls(settings: Config, rewards: Sequence[str], folder: Path) -> str:
 def run_once(config: Config) -> None:
     """Train unless this run is finished; continue one that was stopped."""
     if not (config.run / "report.html").exists():
-        train(config, resume=(config.run / "metrics.jsonl").exists())
+        train(config, resume=begun(config.run))
 
 
 def held_out_gain(run: Path, reward: str) -> tuple[float, float, Interval]:
