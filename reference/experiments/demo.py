@@ -14,14 +14,14 @@ from reference.config import Config
 from reference.experiments.compare import train_all
 from reference.experiments.records import number, records
 from reference.experiments.statistics import Array, percentile, smallest
-from reference.intervals import Interval, change, verdict
+from reference.intervals import Interval, interval, verdict
 from reference.report import write_comparison
 
 RULES = ("weighted-sum", "noise-aware", "soft-min")
 
 
 def demo(settings: Config) -> str:
-    """Run the rules afresh in ``settings.run``, two at a time; returns the findings and the path of the report, as text.
+    """Run the rules afresh in ``settings.run``, two at a time; returns the findings and the path of the report.
 
     Raises:
         TrainingError: a run failed.
@@ -35,9 +35,8 @@ def demo(settings: Config) -> str:
         flush=True,
     )
     began, log = time.monotonic(), dataclasses.replace(settings.log, trackers=())
-    runs = {
-        rule: dataclasses.replace(settings, run=settings.run / rule, balance=rule, threads=1, log=log) for rule in RULES
-    }
+    same = dataclasses.replace(settings, threads=1, log=log)
+    runs = {rule: dataclasses.replace(same, run=settings.run / rule, balance=rule) for rule in RULES}
     for config in runs.values():
         shutil.rmtree(config.run, ignore_errors=True)
         config.run.with_suffix(".log").unlink(missing_ok=True)
@@ -61,9 +60,7 @@ def _gains(config: Config) -> Array:
 def findings(gains: Mapping[str, Array], names: Sequence[str]) -> str:
     """The gains as an aligned table, and what their intervals allow to say: nothing is said that was not measured."""
     rows = [["reward", *gains]]
-    intervals = {
-        rule: [change([0.0] * len(x), x[:, k].tolist()) for k in range(len(names))] for rule, x in gains.items()
-    }
+    intervals = {rule: [interval(column.tolist()) for column in x.T] for rule, x in gains.items()}
     for k, name in enumerate(names):
         rows.append([name, *(_text(intervals[rule][k]) for rule in gains)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
