@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reference.scoring import Scores
 
+_ROUNDING = 2.0**-20  # a spread below this share of the rewards themselves is float32's rounding, not a spread
 _STEP = 0.1  # standard deviations by which a gain may change in an epoch, before anything is seen
 
 
@@ -87,7 +88,7 @@ def gains_of(state: Progress) -> Tensor:
     for k, unit in enumerate(std.tolist()):
         on = state.images[:, k] > 0
         y, v = state.mean[on, k] / unit, 1 / state.images[on, k]
-        usable = unit > 0 and bool(on.any())
+        usable = bool(on.any()) and unit > _ROUNDING * float(state.mean[on, k].abs().max())
         found.append(last_gain(y, v, state.prompt[on], state.epoch[on], state.epochs)[0] if usable else torch.nan)
     return torch.tensor(found, dtype=torch.float64)
 

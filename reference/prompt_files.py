@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -13,10 +14,16 @@ from typing import Any, NamedTuple, TypeVar
 
 from reference.errors import ConfigError
 from reference.geneval_prompts import check_row
+from reference.text_files import prompt_lines
 
 T = TypeVar("T")
 FORMATS = ("text", "ocr", "geneval")
-_QUOTED = re.compile(r'"([^"]*)"')
+# Pairs of quotes; a single closing quote within a word is an apostrophe, and straight single ones always are.
+_QUOTED = re.compile(
+    '"([^"]*)"|\u201c([^\u201c\u201d]*)[\u201c\u201d]|\u201e([^\u201c\u201d]*)[\u201c\u201d]|\u201d([^\u201d]*)\u201d|'
+    "\u00ab([^\u00bb]*)\u00bb|\u00bb([^\u00ab]*)\u00ab|\u2039([^\u203a]*)\u203a|\u300c([^\u300d]*)\u300d|\u300e([^\u300f]*)\u300f|"
+    r"\u2018((?:[^\u2018\u2019]|\u2019(?=\w))*)\u2019(?!\w)|\uff02([^\uff02]*)\uff02"
+)
 
 
 class Prompt(NamedTuple):
@@ -61,28 +68,27 @@ def parse_spec(spec: str | Path) -> Spec:
 def read_source(spec: str | Path) -> list[Prompt]:
     """The prompts of a file, in its order, repeated ones as often as they are there.
 
-    ``text``: one prompt a line. ``ocr``: one prompt a line, with the text to be seen between straight double quotes,
-    the first such pair. ``geneval``: one JSON object a line, see ``geneval_prompts.check_row``. Without a format before
-    the path, a file of JSON objects (or one named .jsonl) is ``geneval``, one in which most lines have a quoted text is
-    ``ocr``, any other is ``text``.
+    ``text``: one prompt a line. ``ocr``: one prompt a line, with the text to be seen between quotes of any kind, the
+    first such pair; apostrophes are none. ``geneval``: one JSON object a line, see ``geneval_prompts.check_row``.
+    Without a format before the path, a file of GenEval's objects is ``geneval``, one in which most lines have a quoted text is
+    ``ocr``, any other is ``text``. Blank lines are skipped, and their number is told.
 
     Args:
         spec: ``[format:]path[#reward,reward]``; after ``#`` the rewards that apply to these prompts, else all.
 
     Raises:
-        ConfigError: the file cannot be read, is empty, or has lines that cannot be used, blank ones among them: all
-            are named by number.
+        ConfigError: the file cannot be read, has no prompt, or has lines that cannot be used: all are named by number.
     """
     path, format, rewards = parse_spec(spec)
-    lines = _lines(path)
-    format = format or _guess(path, lines)
+    numbered = [(number, _bare(line)) for number, line in prompt_lines(path)]
+    format = format or _guess(path, [line for _, line in numbered])
     prompts, faults = [], []
-    for number, line in enumerate(lines, start=1):
+    for number, line in numbered:
         try:
             text, metadata = _READERS[format](line)
             prompts.append(Prompt(text, metadata, rewards))
         except ValueError as error:
-            faults.append(f"  line {number}: {error}" if line.strip() else f"  line {number}: empty")
+            faults.append(f"  line {number}: {error}")
     if faults:
         raise ConfigError(f"rollout.prompts: cannot use these lines of {path}, read as {format}:\n" + "\n".join(faults))
     return prompts
@@ -174,39 +180,37 @@ def _shares(sources: Sequence[Sequence[Prompt]], weights: Sequence[float]) -> li
     return [w / math.fsum(weights) for w in weights]
 
 
-def _lines(path: Path) -> list[str]:
-    """The lines of a file that has some."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"rollout.prompts: cannot read {path}: {error}") from error
-    if not text:
-        raise ConfigError(f"rollout.prompts: expected at least one prompt, got an empty file {path}.")
-    return text.removesuffix("\n").split("\n")  # not splitlines: it also breaks lines where editors do not
-
-
 def _guess(path: Path, lines: Sequence[str]) -> str:
     """The format of a file by its name and lines."""
-    if path.suffix == ".jsonl" or lines[0].lstrip().startswith("{"):
+    if lines[0].startswith("{"):
         return "geneval"
     return "ocr" if 2 * sum(bool(_QUOTED.search(line)) for line in lines) > len(lines) else "text"
 
 
+def _bare(line: str) -> str:
+    """The prompt of a JSON object that has one and nothing of GenEval's; any other line as it is."""
+    if line.startswith("{"):
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row.get("prompt"), str) and not {"tag", "include", "exclude"} & row.keys():
+                return " ".join(row["prompt"].split())
+    return line
+
+
 def _text(line: str) -> tuple[str, dict[str, Any]]:
     """A line of a text file."""
-    if not line.strip():
-        raise ValueError("empty")
-    return line.strip(), {}
+    return line, {}
 
 
 def _ocr(line: str) -> tuple[str, dict[str, Any]]:
     """A line of an OCR file."""
     found = _QUOTED.search(line)
     if found is None:
-        raise ValueError('expected a text between straight double quotes ("text:" before the path reads plain prompts)')
-    if not found[1].strip():
-        raise ValueError("expected a text between the first double quotes, got nothing")
-    return line.strip(), {"ocr": found[1].strip()}
+        raise ValueError('expected a text between quotes ("text:" before the path reads plain prompts)')
+    target = next(group for group in found.groups() if group is not None).strip()
+    if not target:
+        raise ValueError("expected a text between the first quotes, got nothing")
+    return line, {"ocr": target}
 
 
 def _geneval(line: str) -> tuple[str, dict[str, Any]]:

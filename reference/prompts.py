@@ -14,6 +14,7 @@ from reference.errors import ConfigError
 from reference.prompt_files import Prompt, mixture_of_epoch, passes, read_mixture
 from reference.rewards import REWARDS
 from reference.scoring import plain_prompts
+from reference.text_files import prompt_lines
 from reference.world.scenes import KINDS, prompt_of, random_scene, tokens
 
 
@@ -102,19 +103,13 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         ConfigError: the file cannot be read, has no prompt, or has lines that cannot be used (all are named).
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"rollout.prompts: cannot read {path}: {error}") from error
     prompts, faults = [], []
-    for number, line in enumerate(lines, start=1):
+    for number, line in prompt_lines(path):
         try:
             tokens(line)
-            prompts.append(line.strip())
+            prompts.append(line)
         except ValueError as error:
-            faults.append(f"  line {number}: {error}" if line.strip() else f"  line {number}: empty")
-    if not lines:
-        raise ConfigError(f"rollout.prompts: expected at least one prompt, got an empty file {path}.")
+            faults.append(f"  line {number}: {error}")
     if faults:
         raise ConfigError(f"rollout.prompts: cannot use these lines of {path}:\n" + "\n".join(faults))
     return prompts

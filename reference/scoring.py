@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,20 +83,41 @@ def _column(name: str, reward: Reward, images: Tensor, prompts: Sequence[Prompt]
     return Scores(values, applicable)
 
 
+def _scores_of(result: Any, N: int) -> tuple[Any, Any]:
+    """Scores and where they apply, from what a reward returned: a tensor, a list or an array, one of them with where it
+    applies or with a dictionary of other information, as TRL's and flow_grpo's do. None is a score that does not apply.
+    """
+    pair = isinstance(result, tuple) and len(result) == 2 and not isinstance(result[1], float | int | None)
+    values, applicable = result if pair else (result, None)
+    if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype != object:
+        values = torch.from_numpy(values)
+    if isinstance(values, list) and all(isinstance(x, float | int | None | np.number) for x in values):
+        known = torch.tensor([x is not None for x in values], dtype=torch.bool)
+        values = torch.tensor([0.0 if x is None else float(x) for x in values], dtype=torch.float64)
+        applicable = known if applicable is None or isinstance(applicable, Mapping) else applicable
+    if applicable is None or isinstance(applicable, Mapping):
+        applicable = torch.ones(N, dtype=torch.bool)
+    return values, applicable
+
+
 def _one(name: str, reward: Reward, images: Tensor, prompts: Sequence[Prompt], numbers: Sequence[int]) -> Scores:
     """One reward, checked."""
     N = images.shape[0]
     try:
-        with torch.no_grad():
-            result = reward(images, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
+        with torch.no_grad():  # a copy, so that a reward that changes its images changes no other's
+            result = reward(images.clone(), [prompt.text for prompt in prompts], [p.metadata for p in prompts])
     except Exception as error:
-        raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
-    given: Any = result if isinstance(result, tuple) and len(result) == 2 else (result, torch.ones(N, dtype=torch.bool))
-    values, applicable = given
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f" ({Path(last.filename).name}, line {last.lineno})"
+        raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error}{place}") from error
+    values, applicable = _scores_of(result, N)
     for what, x in (("scores", values), ("applicable", applicable)):
         if not isinstance(x, Tensor) or x.shape != (N,):
             got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise RewardError(f"reward {name!r}: expected {what} of shape [{N}], one an image, got {got}.")
+            raise RewardError(
+                f"reward {name!r}: expected {what} of shape [{N}], one an image, as a tensor"
+                f"{', list or array' if what == 'scores' else ''}, got {got}."
+            )
     values, applicable = values.detach().double().cpu(), applicable.detach().bool().cpu()
     bad = (applicable & ~values.isfinite()).nonzero().flatten()
     if len(bad):

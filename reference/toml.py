@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from reference.config import Config
 from reference.errors import ConfigError
+from reference.text_files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,8 +28,8 @@ def from_toml(path: Path, base: Config) -> Config:
         ConfigError: the file cannot be read, a key is unknown (with the nearest valid one), or a type is wrong.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads(read_text(path, "config"))
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"config: cannot read {path}: {error}") from error
     updated: Config = _updated(base, values, "")
     return updated

@@ -517,3 +517,12 @@ def test_paths_of_callables_are_taken_as_they_are() -> None:
     validate(Config(balance="my.rules:own", rewards=("text", "my.file:reward")))
     with pytest.raises(ConfigError, match="rewards: expected the dotted path of a callable"):
         load_rewards(("no.such.module:reward",))
+
+
+def test_a_file_with_a_byte_order_mark_is_read_and_utf_16_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(b"\xef\xbb\xbfepochs = 7\r\n")
+    assert from_toml(path, Config()).epochs == 7
+    path.write_bytes("epochs = 7".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"config: cannot read .*: it is text in UTF-16, expected text in UTF-8"):
+        from_toml(path, Config())

@@ -109,3 +109,13 @@ def test_the_state_before_is_untouched() -> None:
     after(state, "b", scores([0.0, 2.0]), learning=True)
     assert list(state.prompts) == ["a"]
     assert state.mean.shape == (1, 1)
+
+
+def test_a_constant_reward_has_no_gain_whatever_its_rounding() -> None:
+    """24 copies of 0.1 in float32 have a mean that is 0.1 up to rounding: no spread, no unit, no gain."""
+    state = init_progress(1)
+    for epoch in range(4):
+        values = torch.full((48, 1), 0.1 * (1 + 1e-8 * epoch)).double() + 1e-9 * torch.rand(48, 1).double()
+        x = Scores(values, torch.ones(48, 1).bool())
+        state = update_progress(state, ["a"] * 24 + ["b"] * 24, x, 24, learning=epoch < 2)
+    assert gains_of(state).isnan().all()

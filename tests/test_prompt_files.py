@@ -67,12 +67,92 @@ def faults(spec: str | Path) -> dict[int, str]:
 
 
 def test_every_line_that_cannot_be_used_is_named(tmp_path: Path) -> None:
-    assert faults(write(tmp_path, "\na cat\n \na dog\n\n")) == {1: "empty", 3: "empty", 5: "empty"}
     found = faults(write(tmp_path, 'a "cat"\na cat\na ""\n\na "dog"\na "cow" 24" high\n'))
-    assert list(found) == [2, 3, 4]
-    assert "straight double quotes" in found[2]
+    assert list(found) == [2, 3]
+    assert "between quotes" in found[2]
     assert "got nothing" in found[3]
-    assert found[4] == "empty"
+
+
+def test_blank_lines_are_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, "\na cat\n \na dog\n\n")
+    assert [p.text for p in read_source(path)] == ["a cat", "a dog"]
+    assert "3 blank lines are skipped" in capsys.readouterr().err
+    assert [p.text for p in read_source(write(tmp_path, "a cat\r\n\r\na dog\r\n", "crlf.txt"))] == ["a cat", "a dog"]
+    assert "1 blank line is skipped" in capsys.readouterr().err
+    read_source(write(tmp_path, "a cat\na dog\n", "none.txt"))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "target"),
+    [
+        ('a sign that says "OPEN"', "OPEN"),
+        ("a sign that says \u201cOPEN\u201d", "OPEN"),
+        ("a sign that says \u201eOPEN\u201c", "OPEN"),
+        ("a sign that says \u201dOPEN\u201d", "OPEN"),
+        ("a sign that says \u00abOPEN\u00bb", "OPEN"),
+        ("a sign that says \u00bbOPEN\u00ab", "OPEN"),
+        ("a sign that says \u2039OPEN\u203a", "OPEN"),
+        ("a sign that says \u300cOPEN\u300d", "OPEN"),
+        ("a sign that says \u300eOPEN\u300f", "OPEN"),
+        ("a sign that says \u2018OPEN\u2019", "OPEN"),
+        ("a sign that says \u2018DON\u2019T\u2019 here", "DON\u2019T"),
+        ('the cat\u2019s sign says \u201cYES\u201d and "NO"', "YES"),
+        ("the cat's sign says \"IT'S\"", "IT'S"),
+        ("rock 'n' roll on a sign: \u00ab OPEN \u00bb", "OPEN"),
+    ],
+)
+def test_the_first_quoted_text_of_any_kind_is_the_target(tmp_path: Path, line: str, target: str) -> None:
+    (prompt,) = read_source(write(tmp_path, line + "\n"))
+    assert prompt == Prompt(line, {"ocr": target})
+
+
+@pytest.mark.parametrize("line", ["the cat's toy", "rock 'n' roll", "the cats\u2019 toys, don\u2019t", "'til dawn"])
+def test_apostrophes_are_no_quotes(tmp_path: Path, line: str) -> None:
+    assert read_source(write(tmp_path, line + "\n")) == [Prompt(line)]
+    assert list(faults("ocr:" + str(write(tmp_path, line + "\n")))) == [1]
+
+
+def test_arrays_objects_and_tables_are_read_as_what_they_are(tmp_path: Path) -> None:
+    two = ["a cat", "a dog"]
+    files = {
+        "array.txt": json.dumps(two),
+        "indented.json": json.dumps(two, indent=1),
+        "objects.json": json.dumps([{"prompt": text, "id": i} for i, text in enumerate(two)]),
+        "lines.jsonl": "".join(json.dumps({"prompt": text}) + "\n" for text in two),
+        "table.csv": 'id,prompt\n0,a cat\n1,"a dog"\n',
+        "table.tsv": "prompt\tid\na cat\t0\na dog\t1\n",
+        "mark.txt": "\ufeffa cat\na dog\n",
+    }
+    for name, text in files.items():
+        assert [p.text for p in read_source(write(tmp_path, text, name))] == two, name
+    quoted = write(tmp_path, json.dumps(['a "CAT"', 'a "DOG"']), "quoted.json")
+    assert [p.metadata["ocr"] for p in read_source(quoted)] == ["CAT", "DOG"]
+    rows = write(tmp_path, json.dumps([ROW]), "geneval.json")
+    assert [p.metadata["geneval"] for p in read_source(rows)] == [ROW]
+    assert [p.text for p in read_source(write(tmp_path, "[style] a cat [4k]\n"))] == ["[style] a cat [4k]"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "kind"),
+    [
+        ("a.txt", "a cat".encode("utf-16"), "UTF-16"),
+        ("a.txt", b"PK\x03\x04rest", "zip"),
+        ("a.txt", b"\x1f\x8brest", "gzip"),
+        ("a.txt", b"PAR1rest", "Parquet"),
+        ("a.txt", b"a\0b", "binary"),
+        ("a.yaml", b"- a cat\n", "YAML"),
+        ("a.txt", b"- a cat\n- a dog\n", "a dash"),
+        ("a.json", b'{\n "prompts": ["a cat"]\n}\n', "JSON document"),
+        ("a.json", b'[\n "a cat",\n]\n', "JSON array"),
+        ("a.json", b"[1, 2]", "expected a text or an object"),
+        ("a.csv", b"text,id\na cat,0\n", "column named prompt"),
+    ],
+)
+def test_other_formats_are_refused_by_name(tmp_path: Path, name: str, data: bytes, kind: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ConfigError, match=kind):
+        read_source(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -110,8 +190,7 @@ def test_a_position_is_relative_to_an_earlier_clause(tmp_path: Path, position: o
 
 def test_lines_that_are_no_json(tmp_path: Path) -> None:
     found = faults(write(tmp_path, f"{json.dumps(ROW)}\n{{\n\n[1]\na cat\n"))
-    assert list(found) == [2, 3, 4, 5]
-    assert found[3] == "empty"
+    assert list(found) == [2, 4, 5]
     assert "expected a JSON object, got [1]" in found[4]
 
 
@@ -126,11 +205,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_the_faults_of_all_sources_are_in_one_error(tmp_path: Path) -> None:
-    good, bad = write(tmp_path, "a cat\n", "good.txt"), write(tmp_path, "a cat\n\n", "bad.txt")
+    good, bad = write(tmp_path, "a cat\n", "good.txt"), write(tmp_path, 'a "cat"\na dog\n', "bad.txt")
     assert read_mixture([good, f"{good}#ocr"]) == [[Prompt("a cat")], [Prompt("a cat", {}, ("ocr",))]]
     with pytest.raises(ConfigError) as error:
-        read_mixture([bad, good, tmp_path / "none.txt"])
-    assert "line 2: empty" in str(error.value)
+        read_mixture([f"ocr:{bad}", good, tmp_path / "none.txt"])
+    assert "line 2: expected a text between quotes" in str(error.value)
     assert "none.txt" in str(error.value)
 
 

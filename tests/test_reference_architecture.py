@@ -14,6 +14,7 @@ MODULES = sorted(path for path in ROOT.rglob("*.py") if path.stem != "__init__")
 # A module may import from those above it alone.
 ORDER = (
     "errors",
+    "text_files",
     "intervals",
     "config",
     "presets",

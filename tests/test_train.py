@@ -298,7 +298,7 @@ def fail(good: Tensor) -> Tensor:
         (lambda x: x[:-1], r"expected scores of shape \[8\].*got \[7\]"),
         (lambda x: x * torch.tensor([1.0] * 7 + [torch.nan]), "finite scores, got nan for image 7"),
         (lambda x: x / 0, "finite scores, got inf for image 0"),
-        (lambda x: [0.0] * 8, "expected scores of shape .* got list"),
+        (lambda x: [0.0] * 7, r"expected scores of shape \[8\].*got \[7\]"),
     ],
 )
 def test_a_bad_reward_stops_the_run_with_everything_saved(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -494,7 +495,8 @@ def test_what_a_reward_raises_is_named() -> None:
     def broken(*_: object) -> Tensor:
         raise KeyError("weights")
 
-    with pytest.raises(RewardError, match=r"^reward 'broken' raised KeyError: 'weights'$") as caught:
+    message = r"^reward 'broken' raised KeyError: 'weights' \(test_world_rewards.py, line \d+\)$"
+    with pytest.raises(RewardError, match=message) as caught:
         score({"broken": broken}, torch.zeros(1, 3, 2, 2), plain_prompts(["a"]))
     assert isinstance(caught.value.__cause__, KeyError)
 
@@ -502,19 +504,50 @@ def test_what_a_reward_raises_is_named() -> None:
 @pytest.mark.parametrize(
     ("result", "what"),
     [
-        (torch.zeros(2), r"scores of shape \[3\], one an image, got \[2\]"),
+        (torch.zeros(2), r"scores of shape \[3\], one an image, as a tensor, list or array, got \[2\]"),
         (torch.zeros(3, 1), r"scores .* got \[3, 1\]"),
         (torch.tensor(0.0), r"scores .* got \[\]"),
-        ([0.0, 0.0, 0.0], "scores .* got list"),
+        ([0.0, 0.0], r"scores .* got \[2\]"),
+        (["a", "b", "c"], "scores .* got list"),
         (None, "scores .* got NoneType"),
         (0.5, "scores .* got float"),
-        (Scores(torch.zeros(3), torch.ones(2)), r"applicable of shape \[3\], one an image, got \[2\]"),
+        (Scores(torch.zeros(3), torch.ones(2)), r"applicable of shape \[3\], one an image, as a tensor, got \[2\]"),
         ((torch.zeros(3), [True, True, True]), "applicable .* got list"),
     ],
 )
 def test_what_is_no_score_for_each_image_is_named(result: Any, what: str) -> None:
     with pytest.raises(RewardError, match=rf"^reward 'some': expected {what}"):
         scored(result)
+
+
+@pytest.mark.parametrize(
+    ("result", "values", "applicable"),
+    [
+        ([0.5, 1, 2.0], [0.5, 1, 2], [True] * 3),
+        (np.array([0.5, 1.0, 2.0], dtype=np.float32), [0.5, 1, 2], [True] * 3),
+        ([0.5, None, 2.0], [0.5, 0, 2], [True, False, True]),
+        (([0.5, 1.0, 2.0], {"strict": [0, 0, 1]}), [0.5, 1, 2], [True] * 3),
+        ((torch.tensor([0.5, 1.0, 2.0]), {}), [0.5, 1, 2], [True] * 3),
+        (torch.tensor([0.5, 1.0, 2.0], dtype=torch.bfloat16), [0.5, 1, 2], [True] * 3),
+        ((torch.tensor([0.5, 1.0, 2.0]), torch.tensor([True, True, False])), [0.5, 1, 0], [True, True, False]),
+    ],
+)
+def test_what_the_field_returns_is_understood(result: Any, values: list[float], applicable: list[bool]) -> None:
+    found = scored(result)
+    assert found.values.flatten().tolist() == values
+    assert found.applicable.flatten().tolist() == applicable
+
+
+def test_a_reward_that_changes_its_images_changes_no_other_s() -> None:
+    def spoil(images: Tensor, *_: object) -> Tensor:
+        images.mul_(100)
+        return images.mean((1, 2, 3))
+
+    images = torch.rand(3, 3, 2, 2)
+    before = images.clone()
+    found = score({"spoil": spoil, "mean": lambda x, *_: x.mean((1, 2, 3))}, images, plain_prompts(["a"] * 3))
+    assert torch.equal(images, before)
+    torch.testing.assert_close(found.values[:, 1], before.mean((1, 2, 3)).double())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
