@@ -63,6 +63,16 @@ def require_same_trees(name: str, x: Any, other: str, y: Any) -> None:
         require(a.shape == b.shape, name, f"a leaf of shape {list(b.shape)} as in {other}", describe(a))
 
 
+def require_stacked(name: str, rows: Any) -> None:
+    """``rows`` is no list of vectors, which could be meant as K gradients and would be read as blocks of entries."""
+    vectors = isinstance(rows, list | tuple) and len(rows) > 0
+    if vectors and all(isinstance(x, Tensor) and x.ndim == 1 for x in rows):
+        expected = "[K, P], a pytree with leaves [K, ...] or an iterator over blocks"
+        got = f"a {type(rows).__name__} of {len(rows)} vectors, the first {describe(rows[0])}"
+        fix = f"For K gradients use torch.stack({name}); for blocks [K] of scalar parameters, iter({name}) or a dict."
+        require(False, name, expected, got, fix)
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """float32 for halves, the dtype itself otherwise."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from marble_core._check import describe, require, require_float, require_vector
+from marble_core._check import describe, require, require_float, require_stacked, require_vector
 
 _CHUNK = 2**22  # entries of the rows turned into float64 at a time: 32 MiB
 
@@ -148,6 +148,7 @@ def unflatten_like(flat: Tensor, like: Any) -> Any:
 
 def _common_K(rows: Any) -> int:
     """The leading K that all leaves of ``rows`` have."""
+    require_stacked("rows", rows)
     leaves = pytree.tree_leaves(rows)
     require(len(leaves) > 0, "rows", "at least one leaf [K, ...]", "none")
     for leaf in leaves:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from marble_core._check import describe, require, require_float, require_gram, require_same_shape
+from marble_core._check import describe, require, require_float, require_gram, require_same_shape, require_stacked
 
 _CHUNK = 2**22  # entries of a leaf turned into float64 at a time: 32 MiB
 
@@ -35,7 +35,8 @@ def gram_matrix(rows: Any, *, inv_metric: Any = None) -> Tensor:
         ``[K, K]``, float64, exactly symmetric, on the device of the rows.
 
     Raises:
-        ValueError: leaves without a common leading K, not floating point, or not matching ``inv_metric``.
+        ValueError: leaves without a common leading K, not floating point, or not matching ``inv_metric``; a list of
+            vectors, which could be K gradients or blocks.
 
     Example:
         >>> gram_matrix(torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
@@ -44,6 +45,7 @@ def gram_matrix(rows: Any, *, inv_metric: Any = None) -> Tensor:
 
     Reference: MARBLE (Zhao et al., arXiv 2605.06507), eq. 6; the metric: docs/theory.md, section 11.
     """
+    require_stacked("rows", rows)
     total: Tensor | None = None
     for x, inv in _leaf_pairs(rows, inv_metric):
         require_float("rows", x, "[K, ...]", range(1, 65))
@@ -79,6 +81,8 @@ def cross_gram(rows_a: Any, rows_b: Any) -> Tensor:
 
     Reference: this project, docs/theory.md, section 12.
     """
+    require_stacked("rows_a", rows_a)
+    require_stacked("rows_b", rows_b)
     total: Tensor | None = None
     for a, b in _leaf_pairs(rows_a, rows_b):
         require_float("rows_a", a, "[K, ...]", range(1, 65))

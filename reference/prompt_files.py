@@ -70,8 +70,8 @@ def read_source(spec: str | Path) -> list[Prompt]:
 
     ``text``: one prompt a line. ``ocr``: one prompt a line, with the text to be seen between quotes of any kind, the
     first such pair; apostrophes are none. ``geneval``: one JSON object a line, see ``geneval_prompts.check_row``.
-    Without a format before the path, a file of GenEval's objects is ``geneval``, one in which most lines have a quoted text is
-    ``ocr``, any other is ``text``. Blank lines are skipped, and their number is told.
+    Without a format before the path, a file of GenEval's objects is ``geneval``, one in which most lines have a quoted
+    text is ``ocr``, any other is ``text``. Blank lines are skipped, and their number is told.
 
     Args:
         spec: ``[format:]path[#reward,reward]``; after ``#`` the rewards that apply to these prompts, else all.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from marble_core import cross_gram, gram_matrix, normalize_gram, psd_part
+from marble_core import combine_rows, cross_gram, flatten_rows, gram_matrix, normalize_gram, psd_part
 
 
 def test_hand_values() -> None:
@@ -108,3 +108,23 @@ def test_psd_part() -> None:
 def test_bad_input_is_named(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_list_of_vectors_is_not_read_as_blocks() -> None:
+    """Three gradients of 1,000 numbers would give a 1000 x 1000 matrix."""
+    g = [torch.randn(1000) for _ in range(3)]
+    message = r"expected \[K, P\].*got a {} of 3 vectors, the first float32\[1000\]\. For K gradients use torch\.stack"
+    for rows in (g, tuple(g)):
+        kind = type(rows).__name__
+        with pytest.raises(ValueError, match="rows: " + message.format(kind)):
+            gram_matrix(rows)
+        with pytest.raises(ValueError, match="rows_b: " + message.format(kind)):
+            cross_gram(torch.stack(g), rows)
+        with pytest.raises(ValueError, match="rows: " + message.format(kind)):
+            combine_rows(rows, torch.ones(3))
+        with pytest.raises(ValueError, match="rows: " + message.format(kind)):
+            flatten_rows(rows)
+    assert gram_matrix(torch.stack(g)).shape == (3, 3)
+    blocks = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])]  # two scalar parameters, K = 2
+    assert gram_matrix(iter(blocks)).tolist() == [[10.0, 14.0], [14.0, 20.0]]
+    assert gram_matrix(dict(enumerate(blocks))).tolist() == [[10.0, 14.0], [14.0, 20.0]]
