@@ -1,4 +1,5 @@
 # Each target sets up what it needs in $(VENV) first, and only when pyproject.toml or constraints.txt has changed.
+#   make setup                     the environment alone, in .venv
 #   make test                      everything: lint, types, unit, contract, documentation and property tests
 #   make test PYTHON=python3.12    with another interpreter (the environment is made once: also say VENV=)
 #   make test VENV=path            in another environment, made there unless it exists
@@ -25,10 +26,12 @@ DOCS := $(VENV)/.marble-docs-$(KEY)
 endif
 
 .DEFAULT_GOAL := test
-.PHONY: test demo check props docs bench clean
+.PHONY: setup test demo check props docs bench clean
 
 test: check ## everything that has to pass before a change lands
 	$(PY) -m pytest -n $(WORKERS)
+
+setup: $(DEV) ## the environment alone
 
 # Training is large tensors: here the threads are torch's to choose.
 demo: $(DEV) ## minutes: three rules on rewards that conflict in the small world, with a report
