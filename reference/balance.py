@@ -165,7 +165,7 @@ def solve(rule: Rule, signal: Signal, prior: Tensor) -> Harmonization:
     solver = min_norm_weights if rule.solver in SOLVERS else load_callable(rule.solver, "balance")
     solution = harmonize(gram, solver=solver)
     if rule.solver in FROM_PRIOR:
-        c = _from_prior(rule.solver, gram, signal.noise, prior)
+        c = _from_prior(rule, gram, signal.noise, prior)
         c = shrink_to_prior(c, prior, signal.square, signal.error) if rule.shrink else c
         return solution._replace(weights=c / c.abs().sum(), coefficients=c)
     w = solution.weights
@@ -181,12 +181,12 @@ def solve(rule: Rule, signal: Signal, prior: Tensor) -> Harmonization:
     return solution._replace(weights=w, coefficients=c)
 
 
-def _from_prior(solver: str, gram: Tensor, noise: Tensor, prior: Tensor) -> Tensor:
+def _from_prior(rule: Rule, gram: Tensor, noise: Tensor, prior: Tensor) -> Tensor:
     """Coefficients of the raw gradients ``[K]`` by a solver that takes the prior; the noise-aware one wants equal
     cosines, times the prior."""
-    if solver == "cone":
-        return cone_weights(gram, prior)
-    if solver == "prior":
+    if rule.solver == "cone":  # an estimate does not know how long a step is
+        return cone_weights(gram, prior, step_gram=None if rule.gram == "batch" else noise)
+    if rule.solver == "prior":
         return prior
     wanted = len(prior) * prior * gram.diagonal().clamp(min=0).sqrt()
     return noise_aware_weights(gram, noise, wanted).coefficients
