@@ -24,6 +24,7 @@ from marble_core import (
 )
 from reference import checkpoint
 from reference.balance import Step, StepResult, applied_coefficients, init_balance, is_finite, step_gradient
+from reference.base import Base
 from reference.batch import Rollout, advantages, images_of_steps, sample_epoch, step_rows, whole_step
 from reference.config import Config, Rule, rule_of
 from reference.devices import tf32
@@ -84,24 +85,26 @@ def _train(config: Config, resume: bool, world: World) -> Path:
     main = world.rank == 0
     if config.threads:
         torch.set_num_threads(config.threads)
+    base, policy, inputs, optimizer = _loaded(config, world)
     if main:
         open_run(config, resume)
+    meet(world)
     live = Live(config.run, config.log.trackers, config.epochs, main=main)
     try:
-        run = _opened(config, world, live)
+        run = Run(config, rule_of(config), base, policy, optimizer, inputs, world, live)
         state, rng = _fresh(run), None
         if resume:
             state, rng = _resumed(run, state)
         check_equal({"the checkpoints' steps": torch.tensor(state.step)}, world)
-        with stop_on_interrupt() as stop, tf32(run.base.device):
+        with stop_on_interrupt() as stop, tf32(base.device):
             _loop(run, state, stop, rng)
     finally:
         live.close()
     return _report(config.run) if main else config.run / "report.html"
 
 
-def _opened(config: Config, world: World, live: Live) -> Run:
-    """Load everything that a run needs."""
+def _loaded(config: Config, world: World) -> tuple[Base, Policy, Inputs, torch.optim.Optimizer]:
+    """Load everything that a run needs, before its folder is touched."""
     with first_on_machine(world):
         inputs = prepare(config)
     base, policy = load_model(config, [p.text for p in [*all_prompts(inputs.pool), *inputs.held_out]], world)
@@ -112,8 +115,7 @@ def _opened(config: Config, world: World, live: Live) -> Run:
     optimizer = torch.optim.AdamW(
         parameters(policy).values(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, eps=o.eps
     )
-    meet(world)
-    return Run(config, rule_of(config), base, policy, optimizer, inputs, world, live)
+    return base, policy, inputs, optimizer
 
 
 def _fresh(run: Run) -> State:

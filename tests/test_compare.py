@@ -314,6 +314,9 @@ def test_a_run_that_was_begun_is_resumed(tmp_path: Path, monkeypatch: pytest.Mon
     plans = plan_runs(SETTINGS, ("soft-min", "uniform"), 2, tmp_path)
     write(plans["soft-min"][0], records(plans["soft-min"][0], (1.0, 1.0, 1.0), cpu=1.0))
     write(plans["uniform"][0], records(plans["uniform"][0], (1.0, 1.0, 1.0), cpu=1.0)[:-1])
+    begun = plans["uniform"][0].run / "checkpoints" / "step-00000000.ckpt"
+    begun.parent.mkdir()
+    begun.touch()
     stand_in(tmp_path, monkeypatch, 'echo "$@" >> ' + str(tmp_path / "seen"))
     with pytest.raises(ConfigError, match="no seed that every rule has finished"):
         compare(plans, tmp_path, jobs=1, tables_only=False)

@@ -266,7 +266,9 @@ def test_rules_have_the_switches_of_their_papers() -> None:
     assert switches("uniform")[0] == "uniform"
     # the guard compares with the shortest direction, which another solver does not give
     assert switches("mine:own") == ("solve", "mine:own", "signal", 0.0, "norm_corrected")
-    for balance in BUILT_IN_RULES:
+    assert switches("noise-aware")[:2] == ("solve", "noise-aware")
+    assert rule_of(Config(balance="noise-aware")).refresh_every == 1
+    for balance in set(BUILT_IN_RULES) - {"noise-aware"}:
         rule = rule_of(Config(balance=balance))
         assert (rule.normalize, rule.refresh_every, rule.rho, rule.rows) == (True, 10, 0.7, "shared")
 
