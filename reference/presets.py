@@ -66,7 +66,7 @@ def preset(name: Preset) -> Config:
         return dataclasses.replace(
             preset("world-conflict"),
             run=Path("runs/demo"),
-            epochs=18,
+            epochs=14,
             rollout=RolloutConfig(pool=30, prompts_per_epoch=6),
             optim=OptimConfig(lr=1e-3),
             log=LogConfig(eval_every=0, eval_prompts=120, eval_images=2, save_every=0, watch=()),
