@@ -11,7 +11,7 @@ from marble_core._check import describe, require, require_float, require_gram, r
 from marble_core.simplex import min_norm_weights
 
 _RANK = 1e-10  # eigenvalues below this share of the largest are rounding of float32 gradients' products
-_STATIONARY = 1e-6  # a smallest gain below this share of the largest single one is rounding, too
+_STATIONARY = 1e-5  # what is left of a combination that cancels to this share is rounding, too
 
 
 class SignalGram(NamedTuple):
@@ -173,9 +173,8 @@ def noise_aware_weights(signal: Tensor, gram: Tensor, wanted: Tensor | None = No
     c = (A @ (w * inverse).unsqueeze(-1)).squeeze(-1)
     u = torch.full_like(c, 1.0 / K)
     length = _length(G, u) / torch.where(_length(G, c) > 0, _length(G, c), 1.0)
-    best = torch.where(on, H.diagonal(dim1=-2, dim2=-1), 0.0).clamp(min=0).amax(-1).sqrt()
-    value = _length(H, w * on)
-    stationary = ~(value > _STATIONARY * best)
+    apart = (w.square() * H.diagonal(dim1=-2, dim2=-1) * on).sum(-1).clamp(min=0).sqrt()  # without any cancellation
+    stationary = ~(_length(H, w * on) > _STATIONARY * apart)
     c = torch.where(stationary.unsqueeze(-1), u, c * length.unsqueeze(-1))
     c = torch.where(bad.unsqueeze(-1), torch.nan, c)
     norm = _length(G, c).unsqueeze(-1)
