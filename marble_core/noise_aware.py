@@ -194,9 +194,11 @@ def _outside(H: Tensor, on: Tensor) -> Tensor:
 
 
 def _pseudo_inverse(G: Tensor) -> Tensor:
-    """Inverse of a PSD matrix on the range that its float32 rows can tell from rounding."""
-    eigenvalues, Q = torch.linalg.eigh(G)
+    """Inverse of a PSD matrix on the range that its float32 rows can tell from rounding, whatever their lengths."""
+    s = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    unit = torch.where(s > 0, 1.0 / torch.where(s > 0, s, 1.0), 0.0)
+    eigenvalues, Q = torch.linalg.eigh(G * unit.unsqueeze(-1) * unit.unsqueeze(-2))
     kept = eigenvalues > _RANK * eigenvalues[..., -1:]
     inverse = torch.where(kept, 1.0 / torch.where(kept, eigenvalues, 1.0), 0.0)
-    found: Tensor = (Q * inverse.unsqueeze(-2)) @ Q.mT
+    found: Tensor = (Q * inverse.unsqueeze(-2)) @ Q.mT * unit.unsqueeze(-1) * unit.unsqueeze(-2)
     return found

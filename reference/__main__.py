@@ -25,6 +25,7 @@ from reference.arguments import (
     Report,
     Settle,
     Similarity,
+    Stress,
     Train,
 )
 from reference.config import Config, Preset, is_world, training_times
@@ -145,6 +146,14 @@ def settle_command(argv: Sequence[str]) -> None:
     print(text)
 
 
+def stress_command(argv: Sequence[str]) -> None:
+    """``stress``."""
+    tyro.cli(Stress, prog="python -m reference stress", args=list(argv))
+    from reference.experiments.stress import stress
+
+    print(stress())
+
+
 def generate_command(argv: Sequence[str]) -> None:
     """``generate``."""
     a = tyro.cli(Generate, prog="python -m reference generate", args=list(argv))
@@ -226,6 +235,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "compare": (compare_command, "rules and seeds side by side: tables and figures of held-out gains"),
     "diagnose": (diagnose_command, "signal, noise and conflict of the gradients, and what each rule makes of them"),
     "settle": (settle_command, "where the sum's step lowers a reward, does the balanced step raise all?"),
+    "stress": (stress_command, "made-up gradients, from mild to Pareto-stationary: what each rule does"),
     "generate": (generate_command, "images of a run on a grid, for any prompts"),
     "evaluate": (evaluate_command, "all rewards of a run on any prompts, with intervals, and the paper's composite"),
     "make-prompts": (make_prompts_command, "a file of prompts, so that a run needs none from elsewhere"),

@@ -150,6 +150,11 @@ class Settle:
 
 
 @dataclass(frozen=True)
+class Stress:
+    """Made-up gradients, from mild to Pareto-stationary: what each rule does with them, and what the library says."""
+
+
+@dataclass(frozen=True)
 class Generate:
     """Images of a run on a grid, with the averaged weights of its newest checkpoint."""
 

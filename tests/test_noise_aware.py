@@ -162,3 +162,13 @@ def test_with_noise_it_gains_more_than_min_norm_of_the_estimate() -> None:
     means = [sum(x) / len(x) for x in (aware, plain, equal)]
     assert means[0] > means[1]
     assert means[0] > means[2]
+
+
+def test_lengths_from_1e_4_to_1e4_do_not_matter() -> None:
+    rows = torch.randn(5, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows[4] -= rows[:4].sum(0) / 2
+    S = gram_matrix(rows)
+    scale = 10.0 ** torch.linspace(-4, 4, 5, dtype=torch.float64)
+    far = scale.unsqueeze(1) * S * scale
+    found, expected = noise_aware_weights(far, far), noise_aware_weights(S, S)
+    torch.testing.assert_close(found.gains / scale, expected.gains, rtol=1e-6, atol=0)

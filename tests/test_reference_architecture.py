@@ -75,6 +75,7 @@ ORDER = (
     "experiments.tilt",
     "experiments.diagnose",
     "experiments.settle",
+    "experiments.stress",
     "experiments.settle_tables",
     "experiments.statistics",
     "experiments.comparison",
@@ -126,4 +127,4 @@ def test_the_trainer_uses_the_public_core_alone(path: Path) -> None:
 
 def test_only_balance_harmonizes() -> None:
     users = {name(p) for p in MODULES if "harmonize(" in p.read_text(encoding="utf-8")}
-    assert users == {"balance", "experiments.settle"}
+    assert users == {"balance", "experiments.settle", "experiments.stress"}
