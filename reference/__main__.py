@@ -10,7 +10,11 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import tyro
+try:
+    import tyro
+except ImportError as error:
+    need = "python -m reference needs the trainer's packages. In a clone: make setup, or pip install '.[reference]'"
+    raise SystemExit(f"{need} ({error}).") from None
 
 from reference.arguments import (
     Accuracy,
@@ -92,7 +96,12 @@ def report_command(argv: Sequence[str]) -> None:
     a = tyro.cli(Report, prog="python -m reference report", args=list(argv))
     from reference.report import write_report
 
-    print(f"report: {write_report(a.run)}")
+    if not a.run.is_dir():
+        raise ConfigError(f"--run: expected the folder of a run, got {a.run}.")
+    try:
+        print(f"report: {write_report(a.run)}")
+    except ValueError as error:
+        raise ConfigError(f"--run: cannot report on {a.run}: {error}") from error
 
 
 def compare_command(argv: Sequence[str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -149,3 +151,22 @@ def test_a_run_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     before = (run / "report.html").read_bytes()
     assert main(["report", "--run", str(run)]) == 0
     assert (run / "report.html").read_bytes() == before
+
+
+def test_a_report_of_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "--run", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == f"--run: expected the folder of a run, got {tmp_path / 'none'}.\n"
+    (tmp_path / "config.toml").write_text("epochs = 1\n")
+    (tmp_path / "metrics.jsonl").touch()
+    assert main(["report", "--run", str(tmp_path)]) == 2
+    found = capsys.readouterr().err
+    assert "expected at least one record, got none" in found
+    assert found.count("\n") == 1
+
+
+def test_without_its_packages_the_trainer_says_how_to_install_them() -> None:
+    code = "import sys; sys.modules['tyro'] = None; import runpy; runpy.run_module('reference', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install '.[reference]'" in done.stderr
+    assert "Traceback" not in done.stderr
