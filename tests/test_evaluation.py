@@ -151,8 +151,8 @@ def test_what_cannot_be_judged_is_said_before_anything_is_sampled(run: Path, tmp
     assert "has no checkpoint yet" in message(fresh)
     assert "cannot read" in message(prompts=[str(tmp_path / "none.txt")])
     bad = tmp_path / "bad.txt"
-    bad.write_text("a red circle\n\n", encoding="utf-8")
-    assert "line 2: empty" in message(prompts=[str(bad)])
+    bad.write_text("a red circle\na cow\n", encoding="utf-8")
+    assert "line 2: prompt: expected a scene" in message(prompts=[str(bad)])
     assert "Did you mean 'colour'?" in message(rewards=["color"])
     assert "No module named 'no'" in message(rewards=["no.module:reward"])
     assert "--images: expected at least 1, got 0" in message(images=0)
