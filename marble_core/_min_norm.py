@@ -38,7 +38,7 @@ def solve(G: Tensor) -> Tensor:
     if min(diagonal) > 0.0 and max(diagonal) < math.inf:
         easy = _pivot(K, _on_floats(rows, min(diagonal)) if rows else _on_tensors(G, 0.0, 1e-4))
         if easy is not None:
-            return torch.tensor(easy, dtype=torch.float64)
+            return torch.tensor(easy, dtype=torch.float64, device=G.device)
     if K <= ENUMERATED:
         return enumerate_supports(G)
     if not G.isfinite().all():
@@ -129,7 +129,7 @@ def _on_tensors(G: Tensor, ridge: float, least_pivot: float) -> _SolveOn:
     ones = torch.ones_like(d).unsqueeze(-1)
 
     def solve_on(S: list[int], out: list[int]) -> tuple[list[float], list[float]] | None:
-        i = torch.tensor(S)
+        i = torch.tensor(S, device=G.device)
         rows, d_S, b = (M[i], d[i], ones[: len(S)]) if out else (M, d, ones)
         A = rows[:, i] if out else M
         L, info = torch.linalg.cholesky_ex(A)
@@ -170,7 +170,7 @@ def _solve_support(G: list[list[float]], m: float, S: list[int]) -> list[float] 
 def _solve_degenerate(G: Tensor, a: Tensor, G_hat: Tensor) -> Tensor:
     """The canonical minimizer when the problem is singular or nearly so: any optimum, then the shortest one."""
     start = _pivot(len(a), _on_tensors(G, 1e-8, 0.0))
-    u = a if start is None else torch.tensor(start, dtype=a.dtype) / a
+    u = a if start is None else torch.tensor(start, dtype=a.dtype, device=a.device) / a
     u = _active_set(G_hat, a, 1.0 / a, u)
     return _shortest_minimizer(G_hat, a, u)
 
@@ -182,7 +182,7 @@ def _active_set(G_hat: Tensor, a: Tensor, s: Tensor, u: Tensor) -> Tensor:
     along a flat direction long enough to reach the boundary. ``s`` weighs the violation of each KKT condition.
     """
     K = a.shape[0]
-    S, banned, steps = u > 0, torch.zeros(K, dtype=torch.bool), 0
+    S, banned, steps = u > 0, torch.zeros(K, dtype=torch.bool, device=a.device), 0
     best, least = u, math.inf
     for _ in range(10 * K + 20):
         top = a[S].abs().max()
@@ -216,10 +216,10 @@ def _step(G_hat: Tensor, b: Tensor, r: Tensor, u: Tensor, S: Tensor) -> tuple[Te
     i = S.nonzero().squeeze(-1)
     A = torch.addr(G_hat[i][:, i], b[i], b[i])
     ridge = 2.0 * _EPS * len(i)
-    L, info = torch.linalg.cholesky_ex(A + ridge * torch.eye(len(i), dtype=A.dtype))
+    L, info = torch.linalg.cholesky_ex(A + ridge * torch.eye(len(i), dtype=A.dtype, device=A.device))
     while info:
         ridge *= 8.0
-        L, info = torch.linalg.cholesky_ex(A + ridge * torch.eye(len(i), dtype=A.dtype))
+        L, info = torch.linalg.cholesky_ex(A + ridge * torch.eye(len(i), dtype=A.dtype, device=A.device))
     H_r, H_b = torch.cholesky_solve(torch.stack([r[i], b[i]], -1), L).unbind(-1)
     p = H_r - H_b * (b[i] @ H_r) / (b[i] @ H_b)
     ratio = torch.where(p < 0, u[i] / -p, math.inf)

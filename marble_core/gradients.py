@@ -26,14 +26,16 @@ def gradient_rows(losses_fn: Callable[..., Tensor], params: Any, *args: Any, chu
         losses_fn: ``losses_fn(params, *args) -> losses [K]``, pure.
         params: pytree of floating-point tensors.
         *args: passed on, not differentiated.
-        chunk_size: cotangents taken at a time; less memory, more passes. None takes all K.
+        chunk_size: cotangents taken at a time; less memory, more passes. None takes all K; 1 takes ordinary backward
+            passes, one after another, for functions that torch cannot vectorize.
 
     Returns:
         A pytree like ``params`` whose leaves are ``[K, *leaf.shape]``, in the dtype of the leaf. The rows of several
         micro-batches add up leaf by leaf.
 
     Raises:
-        ValueError: ``losses_fn`` does not return a floating-point vector, or ``chunk_size`` is not positive.
+        ValueError: ``losses_fn`` does not return a floating-point vector, ``chunk_size`` is not positive, or torch
+            cannot vectorize the backward pass (a LayerNorm under bfloat16 autocast, say).
 
     Example:
         >>> params = {"w": torch.tensor([1.0, 2.0])}
@@ -53,7 +55,16 @@ def gradient_rows(losses_fn: Callable[..., Tensor], params: Any, *args: Any, chu
 
     losses, pullback, *_ = torch.func.vjp(checked, params)
     eye = torch.eye(losses.shape[0], dtype=losses.dtype, device=losses.device)
-    (rows,) = torch.func.vmap(pullback, chunk_size=chunk_size)(eye)
+    if chunk_size == 1:
+        one_by_one = [pullback(cotangent)[0] for cotangent in eye]
+        return pytree.tree_map(lambda *leaves: torch.stack(leaves), *one_by_one)
+    try:
+        (rows,) = torch.func.vmap(pullback, chunk_size=chunk_size)(eye)
+    except RuntimeError as error:
+        if "expected scalar type" not in str(error):
+            raise
+        expected, fix = "a backward pass that torch can vectorize", "Pass chunk_size=1, or use shared_cotangent_rows."
+        raise ValueError(f"losses_fn: expected {expected}, got under autocast: {error}. {fix}") from error
     return rows
 
 

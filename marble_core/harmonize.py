@@ -112,7 +112,7 @@ def _active_weights(G_hat: Tensor, active: Tensor, floor: float, solver: Callabl
         require(default, "solver", "min_norm_weights under torch.func.vmap or torch.compile", describe(solver))
         return _masked_weights(G_hat, active, floor)
     K = G_hat.shape[-1]
-    w = torch.zeros(active.shape, dtype=G_hat.dtype).reshape(-1, K)
+    w = torch.zeros(active.shape, dtype=G_hat.dtype, device=G_hat.device).reshape(-1, K)
     for w_item, G in zip(w, G_hat.cpu().reshape(-1, K, K), strict=True):
         i = (G.diagonal() > 0).nonzero().squeeze(-1)
         if len(i):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,10 +17,14 @@ from torch.utils.hooks import RemovableHandle
 
 from marble_core._check import describe, require, require_float
 from marble_core._linear_rows import Keys, PerRow, SharedLinear, traced
+from marble_core._verify_rows import require_equal
 
 _Fallback = Literal["error", "unsupported", "all"]
 _ATTRIBUTE = "_marble_layer"
+_LOCK = threading.RLock()  # a call changes classes of layers, which threads share
 _REENTRANT = "Use torch.utils.checkpoint with use_reentrant=False, and run the layer with gradients enabled."
+_OTHER_MODULE = "Pass the module that forward() runs, not a copy of it."
+_NO_GRADIENT = f"It was detached, or computed under torch.no_grad(). {_REENTRANT}"
 
 
 class SharedRows(NamedTuple):
@@ -30,12 +35,14 @@ class SharedRows(NamedTuple):
         shared: ``[*shape]`` each, the gradient of the shared loss; empty without one.
         signal: ``[B]``, detached.
         shared_loss: ``[]``, detached, or None.
+        unreached: names of the parameters that ``signal`` does not depend on; their rows are 0.
     """
 
     rows: dict[str, Tensor]
     shared: dict[str, Tensor]
     signal: Tensor
     shared_loss: Tensor | None
+    unreached: tuple[str, ...] = ()
 
 
 def shared_cotangent_rows(
@@ -44,6 +51,7 @@ def shared_cotangent_rows(
     weights: Tensor,
     *,
     fallback: _Fallback = "error",
+    verify: bool = False,
 ) -> SharedRows:
     """K weighted gradients from one forward and one backward: ``rows_k = sum_b weights_bk d signal_b / d theta``.
 
@@ -54,11 +62,15 @@ def shared_cotangent_rows(
 
     Serves ``nn.Linear`` layers whose input starts with the B rows, LoRA's among them; a layer may be used several
     times and parameters may be tied. For other trainable parameters (a norm's scale, a convolution, a weight also used
-    outside its layer) choose a ``fallback``. Rows must not mix inside the model (no batch statistics, no other
-    dimension of size B in front): no check can see that. Autocast and non-reentrant checkpointing work as usual, and
-    so do modules compiled as a whole or in parts: their layers collect rows inside a graph of their own, compiled once
-    for all calls with B rows, whatever K. Rows of several micro-batches add up: the caller sums them, then takes the
-    Gram matrix. Nothing is left behind: classes, hooks, ``.grad``, flags and modes are as before, also after an error.
+    outside its layer, a parameter with a gradient hook) choose a ``fallback``. Rows must neither move nor mix inside
+    the model: no sequence-first layers, no sorting or routing of rows, no batch statistics. Shapes do not show that
+    where another dimension is as large as B: ``verify`` a new model once, and one with routing at every call.
+
+    Autocast and non-reentrant checkpointing work as usual, and so do modules compiled as a whole or in parts: their
+    layers collect rows inside a graph of their own, compiled once for all calls with B rows, whatever K. Rows of
+    several micro-batches add up: the caller sums them, then takes the Gram matrix. Nothing is left behind: classes,
+    hooks, ``.grad``, flags and modes are as before, also after an error. Calls of several threads wait for each other;
+    another thread may run the (uncompiled) module meanwhile.
 
     Args:
         forward: runs ``module`` and returns ``signal [B]``, entry b depending on row b alone, or ``(signal, shared)``
@@ -67,13 +79,15 @@ def shared_cotangent_rows(
         weights: ``[B, K]``, constants.
         fallback: what to do about parameters it cannot serve: ``"error"``; ``"unsupported"`` takes K ordinary
             backward passes for those alone; ``"all"`` takes K passes for everything (the reference).
+        verify: compare ``sum_k r_k rows_k`` for one random ``r`` with the gradient that autograd gives for the same
+            weights of the rows. One more backward pass; rows that are wrong agree with probability 0.
 
     Returns:
         ``SharedRows``, gradients in the dtype of the parameter (summed over rows in float32 at least).
 
     Raises:
-        ValueError: shapes are off, a parameter cannot be served (named), or a layer ran without gradients, as under
-            reentrant checkpointing.
+        ValueError: shapes are off, a parameter cannot be served or its rows are wrong (named), ``signal`` depends on no
+            parameter of ``module``, or something ran without gradients, as under reentrant checkpointing.
 
     Example:
         >>> layer, x = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -89,19 +103,58 @@ def shared_cotangent_rows(
     require(ok, "fallback", '"error", "unsupported" or "all"', describe(fallback))
     require_float("weights", weights, "[B, K]", (2,))
     require(min(weights.shape) > 0, "weights", "at least one row and one reward", describe(weights))
+    params = _trainable(module)
+    verify = verify and fallback != "all"
+    with _LOCK, _retainable():
+        hooked = {name for name, p in params.items() if p._backward_hooks}
+        state = _State(weights.detach(), {id(p): name for name, p in params.items()}, hooked)
+        with _patched(module, state, serve=fallback != "all"):
+            return _shared_rows(forward, module, params, state, fallback=fallback, verify=verify)
+
+
+def _shared_rows(
+    forward: Callable[[], Tensor | tuple[Tensor, Tensor]],
+    module: nn.Module,
+    params: dict[str, nn.Parameter],
+    state: _State,
+    *,
+    fallback: _Fallback,
+    verify: bool,
+) -> SharedRows:
+    """The forward and the backward passes of a call, on the patched module."""
+    signal, shared = _split(forward(), state.weights)
+    state.check(signal, shared, retain=shared is not None or verify or fallback != "error")
+    keep = shared is not None or verify
+    rows, unreached = _rows(signal, params, state, retain=keep, fallback=fallback)
+    if verify:
+        autocast = any(layer.autocast for layer in state.layers)
+        require_equal(rows, signal, module, state.weights, autocast=autocast, retain=shared is not None)
+    grads: dict[str, Tensor] = {}
+    if shared is not None:
+        found = torch.autograd.grad(shared, list(params.values()), allow_unused=True)
+        named = zip(params.items(), found, strict=True)
+        grads = {name: torch.zeros_like(p, requires_grad=False) if g is None else g for (name, p), g in named}
+    return SharedRows(rows, grads, signal.detach(), None if shared is None else shared.detach(), unreached)
+
+
+def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that rows are taken of, checked."""
     params = {name: p for name, p in module.named_parameters() if p.requires_grad}
     require(len(params) > 0, "module", "at least one parameter with requires_grad", "none")
-    state = _State(weights.detach(), {id(p): name for name, p in params.items()})
-    with _retainable(), _patched(module, state, serve=fallback != "all"):
-        signal, shared = _split(forward(), weights)
-        state.check(signal, shared, retain=shared is not None or fallback != "error")
-        rows = _rows(signal, params, state, retain=shared is not None, fallback=fallback)
-        grads: dict[str, Tensor] = {}
-        if shared is not None:
-            found = torch.autograd.grad(shared, list(params.values()), allow_unused=True)
-            named = zip(params.items(), found, strict=True)
-            grads = {name: torch.zeros_like(p) if g is None else g for (name, p), g in named}
-    return SharedRows(rows, grads, signal.detach(), None if shared is None else shared.detach())
+    fix = "Call it outside of torch.no_grad() and torch.inference_mode()."
+    require(torch.is_grad_enabled(), "shared_cotangent_rows", "gradients enabled", "a call without them", fix)
+    sharded = [name for name, p in params.items() if hasattr(p, "device_mesh")]
+    fix = "Keep what is trained (LoRA) whole on each device, and shard the frozen rest alone."
+    require(not sharded, "module", "trainable parameters that are plain tensors", f"DTensor {_some(sharded)}", fix)
+    scripted = [name or "module" for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    fix = "Pass the module it was made from; torch.compile is served."
+    require(not scripted, "module", "Python modules", f"TorchScript {_some(scripted)}", fix)
+    return params
+
+
+def _some(names: list[str]) -> str:
+    """At most five of them."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _split(out: object, weights: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -112,28 +165,29 @@ def _split(out: object, weights: Tensor) -> tuple[Tensor, Tensor | None]:
     B = weights.shape[0]
     ok = isinstance(signal, Tensor) and signal.is_floating_point() and signal.shape == torch.Size([B])
     require(ok, "forward()", f"signal of shape [B] = [{B}], as weights has rows", describe(signal))
-    require(signal.requires_grad, "forward()", "a signal that depends on a trainable parameter", "none", _REENTRANT)
+    expected = "a signal that depends on a trainable parameter"
+    require(signal.requires_grad, "forward()", expected, "one without gradients", _NO_GRADIENT)
     if shared is not None:
         ok = isinstance(shared, Tensor) and shared.is_floating_point() and shared.ndim == 0
         require(ok, "forward()", "a scalar shared loss", describe(shared))
         expected = "a shared loss that depends on a trainable parameter"
-        require(shared.requires_grad, "forward()", expected, "none", _REENTRANT)
+        require(shared.requires_grad, "forward()", expected, "one without gradients", _NO_GRADIENT)
     return signal, shared
 
 
 def _rows(
     signal: Tensor, params: dict[str, nn.Parameter], state: _State, *, retain: bool, fallback: _Fallback
-) -> dict[str, Tensor]:
-    """The one backward for all K, then K passes for what it could not serve, if the caller wants them."""
-    K, missing = state.weights.shape[1], list(params)
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The one backward for all K, then K passes for what it could not serve, if the caller wants them; and the names of
+    parameters that no backward reached."""
+    K, missing, found = state.weights.shape[1], list(params), set[str]()
     if fallback != "all":
         state.mode, keep = "rows", retain or fallback == "unsupported"
-        ones = torch.ones_like(signal)
-        found = torch.autograd.grad(signal, list(params.values()), ones, retain_graph=keep, allow_unused=True)
-        # A gradient that arrives by itself took a way that no patched layer saw.
-        missing = [name for name, g in zip(params, found, strict=True) if g is not None]
+        found = _by_itself(signal, params, state.hooked, keep=keep)
+        missing = [name for name in params if name in found or name in state.hooked]
         if fallback == "error":
             state.require_served(missing)
+    reached = {*state.rows, *found}
     rows = {
         name: state.rows[name].to(p.dtype) if name in state.rows else p.new_zeros((K, *p.shape), requires_grad=False)
         for name, p in params.items()
@@ -142,12 +196,22 @@ def _rows(
     for k in range(K if missing else 0):
         last = k == K - 1 and not retain
         w = state.weights[:, k].to(signal)
-        found = torch.autograd.grad(signal, [params[n] for n in missing], w, retain_graph=not last, allow_unused=True)
-        for name, g in zip(missing, found, strict=True):
+        grads = torch.autograd.grad(signal, [params[n] for n in missing], w, retain_graph=not last, allow_unused=True)
+        for name, g in zip(missing, grads, strict=True):
             if g is not None:
                 rows[name][k] += g
+                reached.add(name)
     state.mode = "plain"
-    return rows
+    require(len(reached) > 0, "module", "parameters that forward() uses", "none of them used", _OTHER_MODULE)
+    return rows, tuple(name for name in params if name not in reached)
+
+
+def _by_itself(signal: Tensor, params: dict[str, nn.Parameter], hooked: set[str], *, keep: bool) -> set[str]:
+    """Names of parameters whose gradient arrives from autograd: it took a way that no patched layer saw."""
+    asked = {name: p for name, p in params.items() if name not in hooked}
+    inputs = [*asked.values(), signal] if not asked else list(asked.values())
+    found = torch.autograd.grad(signal, inputs, torch.ones_like(signal), retain_graph=keep, allow_unused=True)
+    return {name for name, g in zip(asked, found, strict=False) if g is not None}
 
 
 @dataclass
@@ -156,9 +220,16 @@ class _State:
 
     weights: Tensor
     names: dict[int, str]  # of the trainable parameters, by identity
+    hooked: set[str]  # those with gradient hooks, which one backward pass cannot apply to K gradients
     mode: Literal["plain", "rows", "silent"] = "plain"
     rows: dict[str, Tensor] = field(default_factory=dict)
     layers: list[_Layer] = field(default_factory=list)
+    thread: int = field(default_factory=threading.get_ident)
+
+    def is_here(self, x: Tensor) -> bool:
+        """Whether the call's own thread runs, or a device's backward pass, which recomputes checkpointed layers."""
+        on_device = x.device.type != "cpu" and torch._C._current_graph_task_id() != -1
+        return threading.get_ident() == self.thread or on_device
 
     def add(self, name: str, row: Tensor) -> None:
         """Add to the rows of a parameter, which may be used more than once."""
@@ -178,6 +249,9 @@ class _State:
 
     def require_served(self, missing: list[str]) -> None:
         """No parameter is missing, or an error that says which and why."""
+        hooked = [name for name in missing if name in self.hooked]
+        fix = 'Remove them and change the rows, or pass fallback="unsupported".'
+        require(not hooked, "module", "parameters without gradient hooks", f"hooks of {_some(hooked)}", fix)
         misfits = {key: layer for layer in self.layers if layer.misfit for key in layer.keys if key}
         for layer in (misfits[name] for name in missing if name in misfits):
             expected = f"an input [B, ..., in] with B = {self.weights.shape[0]} rows"
@@ -205,6 +279,7 @@ class _Layer:
     bias_rows: Tensor | None = None
     seen: bool = False  # run with gradients, and without
     blind: bool = False
+    autocast: bool = False
     misfit: str = ""  # the shape of an input without rows
 
     def watch(self) -> None:
@@ -217,7 +292,9 @@ class _Layer:
 
 def _watch(m: nn.Module, args: object) -> None:
     """Forward pre-hook of a module that is not served."""
-    m.__dict__[_ATTRIBUTE].watch()
+    layer = m.__dict__.get(_ATTRIBUTE)
+    if layer is not None:  # else another thread runs it, and the call has just ended
+        layer.watch()
 
 
 def _graph(*outputs: Tensor | None) -> Iterator[Any]:
@@ -278,7 +355,8 @@ def _patched(module: nn.Module, state: _State, *, serve: bool) -> Iterator[None]
 def _layer(name: str, m: nn.Module, state: _State, per_row: dict[str, Tensor], *, serve: bool) -> _Layer:
     """What a module needs during a call, known to the state as well."""
     weight, bias = m._parameters.get("weight"), m._parameters.get("bias")
-    keys = (state.names.get(id(weight)), state.names.get(id(bias))) if serve else (None, None)
+    names = [state.names.get(id(p)) if serve else None for p in (weight, bias)]
+    keys = (None if names[0] in state.hooked else names[0], None if names[1] in state.hooked else names[1])
     layer = _Layer(state, name, keys, state.weights.shape[0])
     if keys[0] is not None:
         layer.weight, layer.weight_rows = weight, per_row.get(keys[0])
@@ -299,15 +377,22 @@ class _Serving(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear``."""
-        layer: _Layer = self.__dict__[_ATTRIBUTE]
-        layer.watch()
+        layer: _Layer | None = self.__dict__.get(_ATTRIBUTE)
         W, b = self.weight, self.bias
+        if layer is None or not (torch.compiler.is_compiling() or layer.state.is_here(input)):
+            return F.linear(input, W, b)
+        layer.watch()
+        if torch.is_autocast_enabled(input.device.type):
+            layer.autocast = True
         of_weight = W is layer.weight and W.requires_grad
         of_bias = b is not None and b is layer.bias and b.requires_grad
         if torch.is_grad_enabled() and (of_weight or of_bias):
-            if input.ndim < 2 or input.shape[0] != layer.rows:
+            compiled = torch.compiler.is_compiling()
+            if not compiled and torch._C._functorch.peek_interpreter_stack() is not None:
+                layer.misfit = "a call inside vmap or another transform of torch.func"
+            elif input.ndim < 2 or input.shape[0] != layer.rows:
                 layer.misfit = describe(input)
-            elif torch.compiler.is_compiling():
+            elif compiled:
                 rows = layer.weight_rows if of_weight else None, layer.bias_rows if of_bias else None
                 return traced(input, W, b, *rows)
             else:

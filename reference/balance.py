@@ -58,12 +58,14 @@ class Step(NamedTuple):
         prior: ``[K]``, weights of the advantages before balancing: on the simplex, or those of the raw sum.
         metric: diagonal of the optimiser's inverse metric by name, or None.
         previous: the gradient of the step before, whose cosines with this batch are measured.
+        verify: compare the rows of this refresh with autograd's.
     """
 
     refresh: bool
     prior: Tensor
     metric: Tree | None
     previous: Tree | None
+    verify: bool = False
 
 
 class StepResult(NamedTuple):
@@ -131,8 +133,11 @@ def step_gradient(
         return StepResult(gradient, balance, used, metrics, None)
     fixed = rule.kind != "solve"
     parts = [
-        all_rows(policy, part, rule, loss, weigh if fixed else None, micro_batch, total, whole.world, most)
-        for part, total, most in halves(rows, whole)
+        all_rows(
+            *(policy, part, rule, loss, weigh if fixed else None, micro_batch, total, whole.world, most),
+            verify=step.verify and first,
+        )
+        for first, (part, total, most) in zip((True, False), halves(rows, whole), strict=False)
     ]
     a, b, last, shared, pull, metrics = joined(all_reduce(parts, whole.world), whole, K)
     own = last if fixed else None

@@ -178,6 +178,8 @@ def all_rows(
     total: int | None = None,
     world: World = ALONE,
     most: int = 0,
+    *,
+    verify: bool = False,
 ) -> Part:
     """All K gradients of the reward part (with one more for ``weigh``), and those of the shared part and of the pull to
     the base, over the rows. A rule that balances full gradients scales the shared part, and never the pull: only then
@@ -187,6 +189,7 @@ def all_rows(
         total: the number of rows over which means are taken, where other processes have some of them.
         world: these processes; what they have is not added here.
         most: rows that each of them computes where they share the base, its own ones or none's.
+        verify: compare the gradients of the first micro-batch with autograd's, by one more backward pass.
     """
     B, K, trained = total or rows.x0.shape[0], rows.A.shape[1], parameters(policy)
     h: Tree = {}
@@ -212,7 +215,8 @@ def all_rows(
             return signal, prox.sum() / B
 
         fallback = "all" if rule.rows == "k_pass" else "error"
-        result = shared_cotangent_rows(forward, policy.model, columns / B, fallback=fallback)  # type: ignore[arg-type]
+        result = shared_cotangent_rows(forward, policy.model, columns / B, fallback=fallback, verify=verify)  # type: ignore[arg-type]
+        verify = False
         if not counts:
             continue
         _add(h, result.rows)

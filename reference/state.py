@@ -57,6 +57,7 @@ class State(NamedTuple):
     previous: Tree | None  # the gradient of the step before a refresh
     progress: Progress
     health: Health
+    verified: bool = False  # since this process began, the gradients of a refresh were compared with autograd's
 
 
 def open_run(config: Config, resume: bool) -> None:

@@ -278,6 +278,7 @@ def _step(run: Run, state: State, rows: Rows, whole: Whole, prior: Tensor) -> St
         prior=prior,
         metric=_inverse_metric(run.optimizer, policy) if rule.metric == "adam" else None,
         previous=state.previous,
+        verify=not state.verified,
     )
     size = config.optim.micro_batch
     result = step_gradient(policy, rows, state.balance, rule, config.loss, step, micro_batch=size, whole=whole)
@@ -294,6 +295,7 @@ def _step(run: Run, state: State, rows: Rows, whole: Whole, prior: Tensor) -> St
     health = observe_step(state.health, metrics)
     skipped = 0 if finite else state.skipped + 1
     state = state._replace(step=at + 1, part=state.part + 1, skipped=skipped, previous=keep, health=health)
+    state = state._replace(verified=state.verified or step.refresh)
     _log_step(run, state, metrics, result, step.refresh)
     return state
 

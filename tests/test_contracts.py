@@ -229,6 +229,31 @@ def tensors(x: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
 
 
+@pytest.mark.parametrize("name", sorted(name for name in CASES if name != "shared_cotangent_rows"))
+def test_the_default_device_does_not_matter(name: str) -> None:
+    case = CASES[name]
+    args = case.args(torch.float64, 0)
+    if not args:  # what is made of nothing is on the default device
+        return
+    expected = case.call(*args)
+    with torch.device("meta"):
+        found = case.call(*args)
+    for x, y in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+        assert torch.equal(x.nan_to_num(), y.nan_to_num()) if isinstance(x, Tensor) else x == y
+
+
+@pytest.mark.parametrize("solve", [mc.min_norm_weights, lambda G: mc.cone_weights(G, G.new_full((20,), 0.05))])
+def test_the_default_device_does_not_matter_to_a_large_solve(solve: Callable[[Tensor], Any]) -> None:
+    rows = rand(20, 12, dtype=torch.float64, seed=0)  # more rows than dimensions: not the easy case
+    expected = solve(rows @ rows.T)
+    torch.set_default_device("meta")
+    try:
+        found = solve(rows @ rows.T)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found[0], expected[0])
+
+
 def test_every_public_function_has_a_case() -> None:
     assert set(CASES) == FUNCTIONS
 

@@ -899,3 +899,120 @@ def test_a_graph_compiled_to_be_walked_once_is_never_walked_twice() -> None:
         head(module(x)).sum().backward()
     assert_rows(shared_cotangent_rows(forward, module, weights).rows, expected, 1e-12)
     torch._dynamo.reset()
+
+
+def small(seed: int = 0) -> tuple[nn.Sequential, Tensor]:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double(), rand(5, 3, seed=seed)
+
+
+def test_verify_is_one_more_backward_and_changes_nothing() -> None:
+    module, x = small()
+    passes: list[int] = []
+
+    def forward() -> tuple[Tensor, Tensor]:
+        y = module(x)
+        y.register_hook(lambda _: passes.append(1))
+        return y.sin().squeeze(-1), y.square().mean()
+
+    found = []
+    for verify in (False, True):
+        passes.clear()
+        found.append(shared_cotangent_rows(forward, module, rand(5, 2, seed=3), verify=verify))
+        assert len(passes) == 2 + verify
+    assert all(torch.equal(found[0].rows[name], found[1].rows[name]) for name in found[0].rows)
+    assert all(torch.equal(found[0].shared[name], found[1].shared[name]) for name in found[0].shared)
+
+
+def test_verify_names_a_sequence_first_layer() -> None:
+    class SequenceFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.tanh(self.first(x.transpose(0, 1)).transpose(0, 1)))
+
+    torch.manual_seed(0)
+    module, x = SequenceFirst().double(), rand(4, 4, 3, seed=1)  # the sequence is as long as the batch
+    with pytest.raises(
+        ValueError, match=r"expected rows that agree with autograd, got others for first\.weight"
+    ) as info:
+        shared_cotangent_rows(signal_of(module, x), module, rand(4, 2, seed=2), verify=True)
+    assert "second" not in str(info.value)
+    shared_cotangent_rows(signal_of(module, x), module, rand(4, 2, seed=2), fallback="all", verify=True)
+
+
+def test_rows_that_are_not_finite_are_passed_on() -> None:
+    module, x = small()
+    x[2] = torch.nan
+    found = shared_cotangent_rows(signal_of(module, x), module, rand(5, 2, seed=3), verify=True)
+    assert found.rows["0.weight"].isnan().all()
+
+
+def test_parameters_that_are_not_reached_are_told() -> None:
+    module, x = small()
+    both = nn.ModuleDict({"used": module, "unused": nn.Linear(3, 1).double()})
+    fallbacks: tuple[Any, ...] = ("error", "unsupported", "all")
+    for fallback in fallbacks:
+        found = shared_cotangent_rows(signal_of(module, x), both, rand(5, 2, seed=3), fallback=fallback)
+        assert found.unreached == ("unused.weight", "unused.bias")
+        assert not found.rows["unused.weight"].any()
+        other, _ = small(1)
+        with pytest.raises(
+            ValueError, match=r"module: expected parameters that forward\(\) uses, got none of them used"
+        ):
+            shared_cotangent_rows(signal_of(module, x), other, rand(5, 2, seed=3), fallback=fallback)
+
+
+def test_calls_without_gradients_say_so() -> None:
+    module, x = small()
+    for without in (torch.no_grad(), torch.inference_mode()):
+        with without, pytest.raises(ValueError, match="shared_cotangent_rows: expected gradients enabled"):
+            shared_cotangent_rows(signal_of(module, x), module, rand(5, 2, seed=3))
+
+    def detached() -> Tensor:
+        with torch.no_grad():
+            return signal_of(module, x)()
+
+    with pytest.raises(ValueError, match=r"forward\(\): expected a signal that depends .* detached, or computed under"):
+        shared_cotangent_rows(detached, module, rand(5, 2, seed=3))
+
+
+def test_what_is_no_plain_module_is_refused_by_name() -> None:
+    module, x = small()
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
+        scripted = nn.Sequential(torch.jit.script(module))
+    with pytest.raises(ValueError, match="module: expected Python modules, got TorchScript 0"):
+        shared_cotangent_rows(signal_of(scripted, x), scripted, rand(5, 2, seed=3))
+    sharded = nn.Linear(3, 1).double()
+    setattr(sharded.weight, "device_mesh", "as a DTensor has one")  # noqa: B010
+    with pytest.raises(ValueError, match="expected trainable parameters that are plain tensors, got DTensor weight"):
+        shared_cotangent_rows(signal_of(sharded, x), sharded, rand(5, 2, seed=3))
+
+
+def test_a_layer_inside_vmap_is_named_or_takes_k_passes() -> None:
+    module, x = small()
+    forward: Callable[[], Tensor] = lambda: torch.func.vmap(module)(x).squeeze(-1)  # noqa: E731
+    weights = rand(5, 2, seed=3)
+    with pytest.raises(ValueError, match=r"0: expected an input .* got a call inside vmap"):
+        shared_cotangent_rows(forward, module, weights)
+    found = shared_cotangent_rows(forward, module, weights, fallback="unsupported", verify=True)
+    assert_rows(found.rows, k_passes(forward, module, weights), 1e-12)
+
+
+def test_one_cotangent_at_a_time_serves_what_cannot_be_vectorized() -> None:
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)), torch.randn(3, 4)
+    params = {name: p.detach() for name, p in module.named_parameters()}
+
+    def losses(params: dict[str, Tensor]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.func.functional_call(module, params, (x,)).float().mean(0)
+
+    with pytest.raises(ValueError, match=r"losses_fn: expected a backward pass that torch can vectorize.*chunk_size=1"):
+        gradient_rows(losses, params)
+    rows = gradient_rows(losses, params, chunk_size=1)
+    for k in range(2):
+        alone = torch.func.grad(lambda p, k=k: losses(p)[k])(params)
+        assert all(torch.equal(rows[name][k], g) for name, g in alone.items())

@@ -17,11 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference import balance, checkpoint, scorer, scoring
+from marble_core import SharedRows, shared_cotangent_rows
+from reference import balance, checkpoint, rows, scorer, scoring
 from reference import state as state_module
 from reference import train as train_module
 from reference.config import Config, SolveConfig
 from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
+from reference.policy import Policy, velocity
 from reference.presets import preset
 from reference.toml import to_toml
 from reference.train import train
@@ -526,3 +528,30 @@ def test_every_rule_trains(tmp_path: Path, balance: str) -> None:
     solve = SolveConfig(refresh_every=2)
     train(config(tmp_path / "run", balance=balance, epochs=2, solve=solve))
     assert all(r["min_cosine"] is not None for r in records(tmp_path / "run", "refresh"))
+
+
+def test_the_first_refresh_of_a_process_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def counted(*args: Any, verify: bool, **kwargs: Any) -> SharedRows:
+        seen.append(verify)
+        return shared_cotangent_rows(*args, verify=verify, **kwargs)
+
+    monkeypatch.setattr(rows, "shared_cotangent_rows", counted)
+    train(config(tmp_path / "run", epochs=2))
+    assert seen[0]
+    assert seen.count(True) == 1
+    seen.clear()
+    train(config(tmp_path / "run", epochs=3), resume=True)
+    assert seen[0]
+    assert seen.count(True) == 1
+
+
+def test_rows_that_move_in_the_model_stop_the_first_refresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rolled(policy: Policy, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+        return velocity(policy, x_t.roll(1, 0), t.roll(1), tuple(x.roll(1, 0) for x in condition)).roll(-1, 0)
+
+    monkeypatch.setattr(rows, "velocity", rolled)
+    with pytest.raises(TrainingError, match=r"expected rows that agree with autograd.*go on with --resume"):
+        train(config(tmp_path / "run"))
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints") is not None
