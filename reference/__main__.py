@@ -206,11 +206,11 @@ def evaluate_command(argv: Sequence[str]) -> None:
 def make_prompts_command(argv: Sequence[str]) -> None:
     """``make-prompts``."""
     a = tyro.cli(MakePrompts, prog="python -m reference make-prompts", args=list(argv))
-    from reference.geneval_prompts import write_geneval_prompts
+    from reference.made_prompts import write_prompts
 
-    if a.out.exists():
-        raise ConfigError(f"--out: {a.out} exists. Choose another file.")
-    print(f"{write_geneval_prompts(a.out, a.seed, count=a.count)} prompts: {a.out}")
+    out = a.out or Path("prompts") / f"{a.kind}.{'jsonl' if a.kind == 'geneval' else 'txt'}"
+    made, test = write_prompts(a.kind, out, a.seed, count=a.count, test_count=a.test_count)
+    print(f"{a.count} prompts to train on: {made}\n{a.test_count} held-out prompts, none of them there: {test}")
 
 
 def accuracy_command(argv: Sequence[str]) -> None:
@@ -247,7 +247,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "stress": (stress_command, "made-up gradients, from mild to Pareto-stationary: what each rule does"),
     "generate": (generate_command, "images of a run on a grid, for any prompts"),
     "evaluate": (evaluate_command, "all rewards of a run on any prompts, with intervals, and the paper's composite"),
-    "make-prompts": (make_prompts_command, "a file of prompts, so that a run needs none from elsewhere"),
+    "make-prompts": (make_prompts_command, "prompts to train on and held-out ones, so that a run needs no others"),
     "report": (report_command, "write the HTML report of a run again"),
     "world-accuracy": (accuracy_command, "how well the rewards judge rendered scenes"),
     "world-pretrain": (pretrain_command, "make the small world's base model from nothing"),

@@ -206,16 +206,20 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class MakePrompts:
-    """Make a file of prompts, so that a run needs none from elsewhere."""
+    """Make a file of training prompts and one of held-out prompts, so that a run needs none from elsewhere."""
 
-    kind: Annotated[Literal["geneval"], tyro.conf.Positional]
-    """geneval: objects, counts, colours and positions in the format and language of GenEval."""
-    out: Path = Path("prompts/geneval.jsonl")
-    """The file."""
+    kind: Annotated[Literal["general", "ocr", "geneval"], tyro.conf.Positional]
+    """general: subjects, places and styles. ocr: signs, labels and pages with a text between quotes. geneval: objects,
+    counts, colours and positions in the format and language of GenEval."""
+    out: Path | None = None
+    """The file of training prompts, by default prompts/ and the kind. Held-out ones are written beside it, with -test
+    in the name: no prompt is in both, whatever the seeds."""
     count: int = 2000
-    """Prompts, all different."""
+    """Training prompts, all different."""
+    test_count: int = 500
+    """Held-out prompts, all different."""
     seed: int = 0
-    """Another seed gives other prompts: use one for training and one for the held-out prompts."""
+    """Another seed gives other prompts."""
 
 
 @dataclass(frozen=True)

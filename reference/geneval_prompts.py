@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from reference.errors import ConfigError
+from reference.world.scenes import is_held_out
 
 # The 80 classes of COCO, in COCO's order; three have names of GenEval's own (computer mouse, tv remote, keyboard).
 # fmt: off
@@ -43,6 +42,10 @@ _ROWS = {
     "position": len(CLASSES) * (len(CLASSES) - 1) * len(RELATIONS),
     "color_attr": len(_COLOURED) * (len(_COLOURED) - 1) * len(COLOURS) * (len(COLOURS) - 1),
 }
+# How many of them are held out, by the hash of their prompts.
+_HELD_OUT = {
+    "single_object": 15, "two_object": 1233, "counting": 41, "colors": 158, "position": 4935, "color_attr": 110784,
+}  # fmt: skip
 
 
 def check_row(row: Any) -> None:
@@ -93,7 +96,11 @@ def _check_clause(clause: Any, where: str, *, earlier: int, included: bool) -> N
 
 
 def make_geneval_prompts(
-    seed: int, *, count: int = 2000, per_task: Mapping[str, int] | None = None
+    seed: int,
+    *,
+    count: int = 2000,
+    per_task: Mapping[str, int] | None = None,
+    held_out: bool | None = None,
 ) -> list[dict[str, Any]]:
     """New rows in the format and the language of GenEval's metadata files, all different.
 
@@ -105,6 +112,7 @@ def make_geneval_prompts(
         seed: of the choice.
         count: rows in all, shared equally by the tasks; a task with too few different rows leaves its place to others.
         per_task: rows of each task instead; tasks that are not named have none.
+        held_out: only rows of the fifth that is held out, by a hash of the prompt, or of the rest; None for any.
 
     Raises:
         ConfigError: an unknown task, or more rows than there are different ones.
@@ -116,50 +124,36 @@ def make_geneval_prompts(
         >>> row["include"], row["exclude"]
         ([{'class': 'dog', 'count': 3}], [{'class': 'dog', 'count': 4}])
     """
-    wanted = _shares(count) if per_task is None else per_task
+    there = {task: n if held_out is None else _HELD_OUT[task] if held_out else n - _HELD_OUT[task]
+             for task, n in _ROWS.items()}  # fmt: skip
+    wanted = _shares(count, there) if per_task is None else per_task
     for task, number in wanted.items():
         if task not in TASKS:
             raise ConfigError(f"per_task: expected tasks among {', '.join(TASKS)}, got {task!r}.")
-        if not 0 <= number <= _ROWS[task]:
-            raise ConfigError(f"per_task: expected 0 to {_ROWS[task]} different rows of {task}, got {number}.")
-    return [row for task in TASKS for row in _different(task, wanted.get(task, 0), seed)]
+        if not 0 <= number <= there[task]:
+            raise ConfigError(f"per_task: expected 0 to {there[task]} different rows of {task}, got {number}.")
+    return [row for task in TASKS for row in _different(task, wanted.get(task, 0), seed, held_out)]
 
 
-def write_geneval_prompts(
-    path: Path, seed: int, *, count: int = 2000, per_task: Mapping[str, int] | None = None
-) -> int:
-    """Write the rows of ``make_geneval_prompts``, one a line, and return how many they are.
-
-    Raises:
-        ConfigError: as there, or the file cannot be written.
-    """
-    rows = make_geneval_prompts(seed, count=count, per_task=per_task)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error}") from error
-    return len(rows)
-
-
-def _shares(count: int) -> dict[str, int]:
+def _shares(count: int, there: Mapping[str, int]) -> dict[str, int]:
     """``count`` rows shared by the tasks, none given more than it has."""
-    if not 1 <= count <= sum(_ROWS.values()):
-        raise ConfigError(f"count: expected 1 to {sum(_ROWS.values())} different rows, got {count}.")
+    if not 1 <= count <= sum(there.values()):
+        raise ConfigError(f"count: expected 1 to {sum(there.values())} different rows, got {count}.")
     shares, left = {}, count
-    for i, task in enumerate(sorted(TASKS, key=lambda task: _ROWS[task])):  # the small ones first
-        shares[task] = min(_ROWS[task], -(-left // (len(TASKS) - i)))
+    for i, task in enumerate(sorted(TASKS, key=lambda task: there[task])):  # the small ones first
+        shares[task] = min(there[task], -(-left // (len(TASKS) - i)))
         left -= shares[task]
     return shares
 
 
-def _different(task: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """The first ``count`` different rows of a task."""
+def _different(task: str, count: int, seed: int, held_out: bool | None) -> list[dict[str, Any]]:
+    """The first ``count`` different rows of a task, of one side if that is asked for."""
     rng = random.Random(f"geneval {seed} {task}")
     found: dict[str, dict[str, Any]] = {}
     while len(found) < count:
         row = _draw(rng, task)
-        found.setdefault(row["prompt"], row)
+        if held_out is None or is_held_out(row["prompt"]) == held_out:
+            found.setdefault(row["prompt"], row)
     return list(found.values())
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from reference.config import SOLVERS, Config, rule_of
+from reference.errors import ConfigError
 from reference.prompt_files import Prompt
-from reference.prompts import Pool, all_prompts, held_out_prompts, training_pool
+from reference.prompts import Pool, all_prompts, held_out_prompts, repeated_prompts, training_pool
 from reference.scorer import Scorer, scorer_of
 from reference.scoring import load_callable
 
@@ -36,9 +38,26 @@ def prepare(config: Config) -> Inputs:
     if rule_of(config).solver not in SOLVERS:
         load_callable(config.balance, "balance")
     pool, held_out = training_pool(config), held_out_prompts(config)
+    _check_held_out(held_out, pool)
     trained = scorer_of(config, config.rewards)
     watched = scorer_of(config, tuple(dict.fromkeys(config.rewards + config.log.watch)), trained.rewards)
     return Inputs(trained, watched, pool, held_out, {"training prompts": _digest(all_prompts(pool))})
+
+
+def _check_held_out(held_out: Sequence[Prompt], pool: Pool) -> None:
+    """Warn of held-out prompts that are trained on.
+
+    Raises:
+        ConfigError: all of them are.
+    """
+    repeated = repeated_prompts(held_out, all_prompts(pool))
+    if held_out and repeated == len(held_out):
+        raise ConfigError(
+            f"rollout.held_out: all {repeated} held-out prompts are training prompts too: evaluations would tell what "
+            "was learnt by heart. Give other prompts; make-prompts writes files that share none."
+        )
+    if repeated:
+        print(f"warning: {repeated} of {len(held_out)} held-out prompts are training prompts too", file=sys.stderr)
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,13 +48,38 @@ def training_pool(config: Config) -> Pool:
 def held_out_prompts(config: Config) -> list[Prompt]:
     """The ``log.eval_prompts`` prompts of evaluations: the world's own, or those of ``rollout.held_out`` in turn.
 
+    Of a file of GenEval's each task gives its prompts in turn, so that a limit leaves none of them out.
+
     Raises:
         ConfigError: a source cannot be used; every line at fault is named.
     """
     count = config.log.eval_prompts
     sources = _sources(config.rollout.held_out or ("world",), config, count, held_out=True)
-    in_turn = (prompt for turn in itertools.zip_longest(*sources) for prompt in turn if prompt is not None)
-    return list(itertools.islice(in_turn, count))
+    return list(itertools.islice(_in_turn([list(_in_turn(_by_task(source))) for source in sources]), count))
+
+
+def _in_turn(groups: Sequence[Sequence[Prompt]]) -> Iterator[Prompt]:
+    """The first prompt of each group, then the second ones."""
+    return (prompt for turn in itertools.zip_longest(*groups) for prompt in turn if prompt is not None)
+
+
+def _by_task(source: Sequence[Prompt]) -> list[list[Prompt]]:
+    """The prompts of each of GenEval's tasks, others as one group."""
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in source:
+        groups.setdefault(prompt.metadata.get("geneval", {}).get("tag", ""), []).append(prompt)
+    return list(groups.values())
+
+
+def repeated_prompts(held_out: Iterable[Prompt], trained: Iterable[Prompt]) -> int:
+    """How many held-out prompts are trained on, but for case and spaces."""
+    seen = {_plain(prompt) for prompt in trained}
+    return sum(_plain(prompt) in seen for prompt in held_out)
+
+
+def _plain(prompt: Prompt) -> str:
+    """A prompt's text, in lower case and with single spaces."""
+    return " ".join(prompt.text.casefold().split())
 
 
 def _sources(names: Sequence[str], config: Config, count: int, *, held_out: bool) -> list[list[Prompt]]:

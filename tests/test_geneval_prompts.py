@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -16,9 +14,7 @@ from reference.geneval_prompts import (
     TASKS,
     check_row,
     make_geneval_prompts,
-    write_geneval_prompts,
 )
-from reference.prompt_files import read_source
 
 EACH = dict.fromkeys(TASKS, 60)
 
@@ -90,14 +86,18 @@ def test_rows_depend_on_the_seed_alone_and_more_begin_with_the_same() -> None:
     assert few == [r["prompt"] for r in make_geneval_prompts(0, per_task=EACH) if r["tag"] == "position"][:20]
 
 
-def test_a_written_file_is_read_back(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "geneval.jsonl"
-    assert write_geneval_prompts(path, 5, count=30) == 30
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert rows == make_geneval_prompts(5, count=30)
-    assert [prompt.metadata["geneval"] for prompt in read_source(path)] == rows
-    with pytest.raises(ConfigError, match="cannot write"):
-        write_geneval_prompts(path / "below", 5, count=30)
+def test_the_two_sides_share_no_prompt_and_are_all_there_is() -> None:
+    sides = [
+        {row["prompt"] for seed in range(2) for row in make_geneval_prompts(seed, per_task=wanted, held_out=held_out)}
+        for held_out, wanted in ((True, {"single_object": 15, "counting": 41, "colors": 158, "two_object": 1233}),
+                                 (False, {"single_object": 65, "counting": 190, "colors": 632, "two_object": 5087}))
+    ]  # fmt: skip
+    assert not sides[0] & sides[1]
+    assert [len(side) for side in sides] == [15 + 41 + 158 + 1233, 65 + 190 + 632 + 5087]
+    counts = Counter(row["tag"] for row in make_geneval_prompts(0, count=500, held_out=True))
+    assert set(counts) == set(TASKS)
+    with pytest.raises(ConfigError, match="expected 0 to 15 different rows of single_object, got 16"):
+        make_geneval_prompts(0, per_task={"single_object": 16}, held_out=True)
 
 
 def test_more_than_there_are() -> None:

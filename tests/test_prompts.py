@@ -6,11 +6,17 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from reference.config import Config, RolloutConfig
 from reference.errors import ConfigError
+from reference.geneval_prompts import TASKS
+from reference.inputs import prepare
+from reference.made_prompts import write_prompts
 from reference.presets import preset
 from reference.prompt_files import Prompt
 from reference.prompts import Pool, held_out_prompts, prompts_of_epoch, read_prompts, training_pool, world_prompts
@@ -99,6 +105,34 @@ def test_files_of_several_kinds_are_read_with_what_rewards_need(tmp_path: Path) 
     assert held_out_prompts(of_model(*sources, held_out=sources, count=2)) == held_out[:2]
     with pytest.raises(ConfigError, match=r"rewards after # .* got 'pikscore'\. Did you mean 'pickscore'"):
         training_pool(of_model(f"{tmp_path}/a.txt#pikscore"))
+
+
+def test_a_limit_of_held_out_prompts_leaves_no_task_out(tmp_path: Path) -> None:
+    write_prompts("geneval", tmp_path / "geneval.jsonl", 0, count=60, test_count=500)
+    config = of_model(f"{tmp_path}/geneval.jsonl", held_out=(f"{tmp_path}/geneval-test.jsonl",), count=12)
+    tasks = Counter(prompt.metadata["geneval"]["tag"] for prompt in held_out_prompts(config))
+    assert tasks == dict.fromkeys(TASKS, 2)
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted_or_refused(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "a.txt").write_text("a cat\na dog\n")
+    (tmp_path / "b.txt").write_text("A  Cat\na bird\n")
+    (tmp_path / "c.txt").write_text("a fox\n")
+    at = {name: f"{tmp_path}/{name}.txt" for name in "abc"}
+    plain = of_model(at["a"], held_out=(at["b"],))
+    log = dataclasses.replace(plain.log, watch=())
+    with_rewards = dataclasses.replace(plain, rewards=(f"{__name__}:zero",), log=log)
+    prepare(with_rewards)
+    assert "1 of 2 held-out prompts are training prompts too" in capsys.readouterr().err
+    prepare(dataclasses.replace(with_rewards, rollout=of_model(at["a"], held_out=(at["c"],)).rollout))
+    assert not capsys.readouterr().err
+    with pytest.raises(ConfigError, match="all 2 held-out prompts are training prompts too"):
+        prepare(dataclasses.replace(with_rewards, rollout=of_model(at["a"], held_out=(at["a"],)).rollout))
+
+
+def zero(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A reward."""
+    return torch.zeros(len(images))
 
 
 def passes_of_epoch(prompts: Sequence[str], count: int, seed: int, epoch: int) -> list[str]:

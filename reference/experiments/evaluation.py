@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import sys
@@ -22,7 +23,7 @@ from reference.experiments.summary import Evaluation, Judged, analyse, as_json, 
 from reference.model import load_model
 from reference.policy import Adapter, Policy, weights_of
 from reference.prompt_files import Prompt
-from reference.prompts import held_out_prompts
+from reference.prompts import all_prompts, held_out_prompts, repeated_prompts, training_pool
 from reference.rewards import REWARDS
 from reference.scorer import Scorer, score_images, scorer_of
 from reference.scoring import Scores
@@ -68,6 +69,7 @@ def evaluate_run(
             raise ConfigError(f"{name}: expected at least 1, got {value}.")
     config, state = load_run(run, device, models)
     names, chosen = reward_names(config, rewards), prompts_of(config, prompts)
+    _warn_of_trained(config, chosen)
     scorer = scorer_of(config, names)
     scorer = scorer._replace(batch=scorer.batch or config.rollout.batch)  # else all images would wait for the last
     clear(folder)
@@ -84,6 +86,14 @@ def evaluate_run(
     columns = (*names, STRICT) if "geneval" in names else names
     trained = tuple(name in config.rewards or (name == STRICT and "geneval" in config.rewards) for name in columns)
     return write(folder, Evaluation(where, columns, trained, tuple(p.text for p in chosen), after, before))
+
+
+def _warn_of_trained(config: Config, chosen: Sequence[Prompt]) -> None:
+    """Say how many of the prompts the run was trained on, where its own are still there."""
+    with contextlib.suppress(ConfigError):
+        repeated = repeated_prompts(chosen, all_prompts(training_pool(config)))
+        if repeated:
+            print(f"warning: the run was trained on {repeated} of these {len(chosen)} prompts", file=sys.stderr)
 
 
 def reward_names(config: Config, given: Sequence[str]) -> tuple[str, ...]:
