@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import netrc
 import os
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LoggerType, get_available_trackers
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -114,9 +117,39 @@ def _trackers(run: Path, names: Sequence[str]) -> Accelerator:
         missing = set(names) - {tracker.name for tracker in accelerator.trackers}
         if missing:
             raise ValueError(f"{', '.join(sorted(missing))} is not installed")
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # whatever a tracker's package raises
         raise ConfigError(f"log.trackers: cannot start {', '.join(names)}: {error}") from error
     return accelerator
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check what can be checked before anything is loaded.
+
+    Raises:
+        ConfigError: a tracker is unknown, its package is not installed, or Weights & Biases has no key.
+    """
+    known = {tracker.value: tracker for tracker in LoggerType if tracker.value != "all"}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"log.trackers: expected names among {', '.join(sorted(known))}, got {name!r}.")
+        if known[name] not in get_available_trackers():
+            raise ConfigError(f"log.trackers: the package of {name} is not installed. Install it, or leave {name} out.")
+        if name == "wandb" and not _wandb_has_key():
+            raise ConfigError(
+                "log.trackers: wandb has no key. Give one with `wandb login` or in the variable WANDB_API_KEY, or set "
+                "WANDB_MODE=offline."
+            )
+
+
+def _wandb_has_key() -> bool:
+    """Whether Weights & Biases can start without asking."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled", "dryrun"):
+        return True
+    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _plain(value: Any) -> Any:

@@ -33,9 +33,12 @@ def load_model(config: Config, prompts: Sequence[str], world: World = ALONE) -> 
         if is_world(m.base):
             base = load_base(m.base, device)
         else:
-            from reference.sd3 import load_sd3  # seconds of imports, which the small world does without
+            from reference.quiet import quiet_libraries  # seconds of imports, which the small world does without
 
-            base = load_sd3(m, prompts, device)
+            with quiet_libraries():
+                from reference.sd3 import load_sd3
+
+                base = load_sd3(m, prompts, device)
     dtype = torch.bfloat16 if m.precision == "bf16" else None
     if dtype is not None:
         base.transformer.to(dtype)

@@ -12,16 +12,18 @@ from reference.scoring import Scores
 
 _ROUNDING = 2.0**-20  # a spread below this share of the rewards themselves is float32's rounding, not a spread
 _STEP = 0.1  # standard deviations by which a gain may change in an epoch, before anything is seen
+_EPOCHS = 64  # told apart at most; beyond that, old ones are joined in pairs
+_RECENT = 32  # of them, the newest, which stay apart
 
 
 class Progress(NamedTuple):
-    """All groups of images so far, a group being the images of one prompt in one epoch.
+    """All groups of images so far, a group being the images of one prompt in one epoch, or in old ones joined.
 
     Attributes:
         epochs: so far.
         prompts: number of each prompt.
         prompt: ``[n]``, number of each group's prompt.
-        epoch: ``[n]``, of each group.
+        epoch: ``[n]``, of each group; the first of those joined.
         mean: ``[n, K]``, mean rewards; NaN where they do not apply.
         images: ``[n, K]``, number of images behind each mean.
         squares: ``[K]``, sum of squared deviations within the groups of the first epochs.
@@ -62,7 +64,7 @@ def update_progress(
     if learning:
         squares = squares + (x - mean.unsqueeze(1)).square().nansum((0, 1))
         freedom = freedom + (count - 1).clamp(min=0).sum(0)
-    return Progress(
+    longer = Progress(
         state.epochs + 1,
         known,
         torch.cat([state.prompt, number]),
@@ -72,6 +74,24 @@ def update_progress(
         squares,
         freedom,
     )
+    return _joined(longer)
+
+
+def _joined(state: Progress) -> Progress:
+    """Old epochs in pairs once there are too many, so that memory and time stay bounded however long a run is."""
+    labels = torch.unique(state.epoch)
+    if len(labels) <= _EPOCHS:
+        return state
+    old = labels[1:-_RECENT]  # the first epoch, from which gains are counted, stays alone
+    first = labels.clone()
+    first[2 : 1 + len(old) : 2] = old[0 : len(old) - 1 : 2]
+    epoch = first[torch.searchsorted(labels, state.epoch)]
+    key, group = torch.unique(epoch * len(state.prompts) + state.prompt, return_inverse=True)
+    keys = torch.stack([key // len(state.prompts), key % len(state.prompts)], 1)
+    zeros = state.images.new_zeros(len(keys), state.images.shape[1])
+    images = zeros.index_add(0, group, state.images)
+    mean = zeros.index_add(0, group, (state.images * state.mean).nan_to_num(0.0)) / images
+    return state._replace(epoch=keys[:, 0], prompt=keys[:, 1], images=images, mean=mean)
 
 
 def gains_of(state: Progress) -> Tensor:
@@ -84,25 +104,29 @@ def gains_of(state: Progress) -> Tensor:
     with its weight. Comparing with a prompt's first group alone would miss what had been gained before that group.
     """
     std = (state.squares / state.freedom).sqrt()
+    first = torch.unique(state.epoch)
+    epoch, end = torch.searchsorted(first, state.epoch), first.new_tensor([state.epochs])
+    times = (first + torch.cat([first[1:], end]) - 1) / 2  # the middle of those joined
     found = []
     for k, unit in enumerate(std.tolist()):
         on = state.images[:, k] > 0
         y, v = state.mean[on, k] / unit, 1 / state.images[on, k]
         usable = bool(on.any()) and unit > _ROUNDING * float(state.mean[on, k].abs().max())
-        found.append(last_gain(y, v, state.prompt[on], state.epoch[on], state.epochs)[0] if usable else torch.nan)
+        found.append(last_gain(y, v, state.prompt[on], epoch[on], times)[0] if usable else torch.nan)
     return torch.tensor(found, dtype=torch.float64)
 
 
-def last_gain(y: Tensor, v: Tensor, prompt: Tensor, epoch: Tensor, epochs: int) -> tuple[float, float]:
+def last_gain(y: Tensor, v: Tensor, prompt: Tensor, epoch: Tensor, times: Tensor) -> tuple[float, float]:
     """Posterior mean and standard deviation of the gain in the last epoch.
 
     Args:
         y: ``[n]``, mean reward of each group.
         v: ``[n]``, variance of its noise.
         prompt: ``[n]``, numbers of prompts.
-        epoch: ``[n]``, from 0 to ``epochs - 1``.
-        epochs: T.
+        epoch: ``[n]``, from 0 to ``T - 1``.
+        times: ``[T]``, when each epoch was, in epochs.
     """
+    epochs = len(times)
     if epochs == 1:
         return 0.0, 0.0
     between, w = _between_variance(y, v, epoch), 1 / v
@@ -120,7 +144,7 @@ def last_gain(y: Tensor, v: Tensor, prompt: Tensor, epoch: Tensor, epochs: int) 
     score = weighted.mT @ y - total.mT @ (share.squeeze(1) * seen)
     walk = torch.eye(epochs - 1, dtype=torch.float64)
     walk = walk - torch.diag(torch.ones(epochs - 2, dtype=torch.float64), -1)  # differences, the first from 0
-    information[1:, 1:] += walk.mT @ walk / _STEP**2
+    information[1:, 1:] += walk.mT @ (walk / times.diff().unsqueeze(1)) / _STEP**2
     covariance = torch.linalg.inv(information)
     return float(covariance[-1] @ score), float(covariance[-1, -1].clamp(min=0).sqrt())
 

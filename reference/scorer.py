@@ -89,7 +89,10 @@ def _load(name: str, device: torch.device, source: str | None) -> Reward:
     if name in WORLD:
         return WORLD[name] if device.type == "cpu" else _on_cpu(WORLD[name])
     if name in REWARDS:
-        reward: Reward = load_callable(f"reference.rewards.{name}:load", "rewards")(device, source)
+        from reference.quiet import quiet_libraries  # seconds of imports, which the small world does without
+
+        with quiet_libraries():
+            reward: Reward = load_callable(f"reference.rewards.{name}:load", "rewards")(device, source)
         return reward
     return load_callable(name, "rewards")
 

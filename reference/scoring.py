@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib
+import sys
+import time
 import traceback
+import urllib.error
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +18,9 @@ from torch import Tensor
 
 from reference.errors import ConfigError, RewardError
 from reference.prompt_files import Prompt
+
+_WAITS = (1.0, 2.0, 4.0)  # seconds before a reward whose connection failed is tried again
+_CLIENTS = ("requests", "urllib3", "httpx", "httpcore", "aiohttp", "openai", "grpc")
 
 
 class Scores(NamedTuple):
@@ -100,12 +107,34 @@ def _scores_of(result: Any, N: int) -> tuple[Any, Any]:
     return values, applicable
 
 
+def _called(name: str, reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Any:
+    """What a reward returns; a connection that fails is tried again, a few times, after some seconds."""
+    texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+    with torch.no_grad():
+        for wait in _WAITS:
+            try:
+                return reward(images.clone(), texts, metadata)  # a copy: a reward may change its images
+            except Exception as error:
+                if not _may_pass(error):
+                    raise
+                print(f"reward {name!r}: {type(error).__name__}: {error}; tried again in {wait:g} s", file=sys.stderr)
+                time.sleep(wait)
+        return reward(images.clone(), texts, metadata)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error is that of a connection, which may be gone at the next try."""
+    if isinstance(error, ConnectionError | TimeoutError | http.client.HTTPException | urllib.error.URLError):
+        return not isinstance(error, urllib.error.HTTPError) or error.code in (408, 429) or error.code >= 500
+    package, name = type(error).__module__.partition(".")[0], type(error).__name__
+    return package in _CLIENTS and any(word in name for word in ("Connect", "Timeout", "Network", "RemoteProtocol"))
+
+
 def _one(name: str, reward: Reward, images: Tensor, prompts: Sequence[Prompt], numbers: Sequence[int]) -> Scores:
     """One reward, checked."""
     N = images.shape[0]
     try:
-        with torch.no_grad():  # a copy, so that a reward that changes its images changes no other's
-            result = reward(images.clone(), [prompt.text for prompt in prompts], [p.metadata for p in prompts])
+        result = _called(name, reward, images, prompts)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f" ({Path(last.filename).name}, line {last.lineno})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -77,6 +78,12 @@ def load_sd3(model: ModelConfig, prompts: Sequence[str], device: torch.device) -
     scheduler = _loaded(
         model, "scheduler", lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(**place, subfolder="scheduler")
     )
+    if scheduler.config.get("use_dynamic_shifting"):
+        raise ConfigError(
+            "model.base: expected a scheduler whose times do not depend on the resolution, as in Stable Diffusion 3, "
+            f"got use_dynamic_shifting in {model.base}. Set it to false in scheduler/scheduler_config.json, with "
+            "the shift that the model was made with."
+        )
     vae = _loaded(
         model, "vae", lambda: AutoencoderKL.from_pretrained(**place, subfolder="vae", torch_dtype=torch.float32)
     )
@@ -216,22 +223,24 @@ def _embeddings(
     missing = missing_prompts(embeddings, prompts)
     if not missing:
         return embeddings
-    embeddings = add_prompts(embeddings, missing, _text_encoders(model, source, transformer, scheduler, device))
+    pipeline = _text_pipeline(model, source, transformer, scheduler)
+    _tell_truncated(pipeline, missing, model.t5_tokens)
+    embeddings = add_prompts(embeddings, missing, _encoder(pipeline, model, device))
+    del pipeline
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return embeddings
 
 
-def _text_encoders(
+def _text_pipeline(
     model: ModelConfig,
     source: Source,
     transformer: SD3Transformer2DModel,
     scheduler: FlowMatchEulerDiscreteScheduler,
-    device: torch.device,
-) -> Encode:
-    """The pipeline's own way from prompts to embeddings, with the text encoders that it has; they go with it."""
-    pipeline = _loaded(
+) -> StableDiffusion3Pipeline:
+    """The pipeline with the text encoders that it has, and without its VAE."""
+    return _loaded(
         model,
         "the text encoders",
         lambda: StableDiffusion3Pipeline.from_pretrained(
@@ -244,9 +253,26 @@ def _text_encoders(
             dtype=transformer.dtype,
         ),
     )
+
+
+def _tell_truncated(pipeline: StableDiffusion3Pipeline, prompts: Sequence[str], t5_tokens: int) -> None:
+    """Say how many prompts are longer than what the text encoders read."""
+    clip, t5 = int(pipeline.tokenizer.model_max_length), pipeline.tokenizer_3
+    longer = {f"the {clip} tokens that the CLIP encoders read": (pipeline.tokenizer, clip)}
+    if t5 is not None:
+        longer[f"the model.t5_tokens = {t5_tokens} that the T5 encoder reads"] = (t5, t5_tokens)
+    for limit, (tokenizer, length) in longer.items():
+        count = sum(len(ids) > length for ids in tokenizer(list(prompts)).input_ids)
+        if count:
+            print(f"{count} of {len(prompts)} prompts are cut off after {limit}", file=sys.stderr)
+
+
+def _encoder(pipeline: StableDiffusion3Pipeline, model: ModelConfig, device: torch.device) -> Encode:
+    """The pipeline's own way from prompts to embeddings; the text encoders go with it."""
+    dtype = pipeline.transformer.dtype
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
         if encoder is not None:
-            encoder.to(device, transformer.dtype)
+            encoder.to(device, dtype)
 
     @torch.no_grad()
     def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:

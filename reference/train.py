@@ -44,10 +44,10 @@ from reference.estimate import Tree
 from reference.evaluate import generator
 from reference.held_out import evaluate_held_out
 from reference.inputs import Inputs, prepare
-from reference.live import Live
+from reference.live import Live, check_trackers
 from reference.model import load_model
 from reference.policy import Policy, adapter_state, load_adapter, parameters
-from reference.progress import gains_of, init_progress, update_progress
+from reference.progress import Progress, gains_of, init_progress, update_progress
 from reference.prompts import all_prompts
 from reference.report import write_report
 from reference.rows import Rows, Whole
@@ -60,6 +60,10 @@ _MAX_SKIPPED = 10  # steps in a row without a finite gradient
 _NOT_FINITE = (
     f"the gradient was not finite {_MAX_SKIPPED} steps in a row (last at step {{}}). The weights of the last good step "
     "are saved; try a lower optim.lr, a lower optim.clip, or look at the rewards."
+)
+_NOTHING_APPLIES = (
+    "none of the rewards applies to any prompt: there is nothing to learn. Give prompts with what the rewards need to "
+    "know (docs/prompts.md), or other rewards."
 )
 _FIRST_EPOCHS = 10  # at most so many tell the spread of rewards at the start, the unit of gains
 
@@ -85,6 +89,9 @@ def _train(config: Config, resume: bool, world: World) -> Path:
     main = world.rank == 0
     if config.threads:
         torch.set_num_threads(config.threads)
+    if main:
+        check_trackers(config.log.trackers)
+    meet(world)
     base, policy, inputs, optimizer = _loaded(config, world)
     if main:
         open_run(config, resume)
@@ -219,6 +226,8 @@ def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None)
         learning = state.epoch < _first_epochs(run.inputs, config)
         texts, images = [prompt.text for prompt in rollout.prompts], config.rollout.images_per_prompt
         progress = update_progress(state.progress, texts, rollout.scores, images, learning=learning)
+        if not progress.images.any():
+            raise TrainingError(_NOTHING_APPLIES)
         gains = gains_of(progress)
         run.live.phase(state.epoch, "training")
         A, A_sum = advantages(rollout.scores, config)
@@ -241,7 +250,7 @@ def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None)
     load_adapter(run.policy, "old", ema_tree(parameters(run.policy, "old"), parameters(run.policy), decay))
     clock.append(time.monotonic())
     health, warnings = end_epoch(state.health, state.epoch)
-    notes = _constant_rewards(A, rollout.scores, config.rewards) + warnings
+    notes = _constant_rewards(A, rollout.scores, config.rewards) + _idle_rewards(progress, config.rewards) + warnings
     _log_epoch(run, state, rollout.scores, gains, clock, time.process_time() - cpu, notes)
     return state._replace(epoch=state.epoch + 1, part=0, progress=progress, health=health)
 
@@ -358,6 +367,18 @@ def _constant_rewards(A: Tensor, scores: Scores, names: tuple[str, ...]) -> list
         f"reward {name!r} was constant within every group; its coefficient is carried over"
         for name, quiet in zip(names, silent.tolist(), strict=True)
         if quiet
+    ]
+
+
+def _idle_rewards(progress: Progress, names: tuple[str, ...]) -> list[str]:
+    """A warning for each reward that has applied to no image so far, after 1, 2, 4, 8 epochs and so on."""
+    if progress.epochs & (progress.epochs - 1):
+        return []
+    return [
+        f"reward {name!r} has applied to no image in {progress.epochs} epochs: nothing is learnt from it and its share "
+        "of the weights is lost. Give prompts that it applies to, or leave it out"
+        for name, images in zip(names, progress.images.sum(0).tolist(), strict=True)
+        if not images
     ]
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import LoggerType
 from PIL import Image
 
+from reference import live as live_module
 from reference.errors import ConfigError
-from reference.live import Live, save_grid
+from reference.live import Live, check_trackers, save_grid
 
 
 def test_records_are_json_and_not_a_number_is_null(tmp_path: Path) -> None:
@@ -145,3 +147,24 @@ def test_a_grid_clamps_and_rounds(tmp_path: Path) -> None:
     save_grid(levels.expand(1, 3, 1, 6), tmp_path / "grid.png", columns=2)
     sheet = np.asarray(Image.open(tmp_path / "grid.png"))
     assert sheet[0, :, 0].tolist() == [0, 0, 0, 1, 255, 255] + [255] * 6
+
+
+def test_trackers_are_checked_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_trackers(("tensorboard",))
+    check_trackers(())
+    with pytest.raises(ConfigError, match=r"log\.trackers: expected names among .*tensorboard.*, got 'tensorbord'"):
+        check_trackers(("tensorbord",))
+    with pytest.raises(ConfigError, match=r"log\.trackers: the package of wandb is not installed"):
+        check_trackers(("tensorboard", "wandb"))
+    monkeypatch.setattr(live_module, "get_available_trackers", lambda: [LoggerType.WANDB])
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(file))
+    with pytest.raises(ConfigError, match=r"log\.trackers: wandb has no key.*WANDB_MODE=offline"):
+        check_trackers(("wandb",))
+    file.write_text("machine api.wandb.ai login user password 0123\n")
+    check_trackers(("wandb",))
+    file.unlink()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_trackers(("wandb",))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from reference import progress
 from reference.progress import _STEP, Progress, gains_of, init_progress, last_gain, update_progress
 from reference.scoring import Scores
 
@@ -35,7 +36,7 @@ def test_groups_by_hand() -> None:
 def test_one_prompt_by_hand() -> None:
     """One prompt twice: the difference, weighted by the variance of the walk over that plus both means' noise."""
     y, v = torch.tensor([1.0, 3.0]).double(), torch.tensor([0.02, 0.03]).double()
-    gain, error = last_gain(y, v, torch.tensor([0, 0]), torch.tensor([0, 1]), 2)
+    gain, error = last_gain(y, v, torch.tensor([0, 0]), torch.tensor([0, 1]), torch.arange(2))
     assert gain == pytest.approx(2.0 * _STEP**2 / (_STEP**2 + 0.05))
     assert error == pytest.approx((_STEP**2 * 0.05 / (_STEP**2 + 0.05)) ** 0.5)
 
@@ -52,7 +53,9 @@ def test_the_posterior_of_the_joint_gaussian() -> None:
     covariance = 1e7 + walk[epoch][:, epoch] + between * (prompt[:, None] == prompt[None, :]) + torch.diag(v)
     c = walk[-1][epoch]
     expected = c @ torch.linalg.solve(covariance, y), (walk[-1, -1] - c @ torch.linalg.solve(covariance, c)).sqrt()
-    assert last_gain(y, v, prompt, epoch, T) == pytest.approx([float(x) for x in expected], rel=1e-5, abs=1e-6)
+    assert last_gain(y, v, prompt, epoch, torch.arange(T)) == pytest.approx(
+        [float(x) for x in expected], rel=1e-5, abs=1e-6
+    )
 
 
 def test_the_first_epoch_has_no_gain() -> None:
@@ -119,3 +122,42 @@ def test_a_constant_reward_has_no_gain_whatever_its_rounding() -> None:
         x = Scores(values, torch.ones(48, 1).bool())
         state = update_progress(state, ["a"] * 24 + ["b"] * 24, x, 24, learning=epoch < 2)
     assert gains_of(state).isnan().all()
+
+
+def long_run(epochs: int, prompts: int, seed: int = 0) -> Progress:
+    """Rewards that gain a hundredth of a standard deviation an epoch; the second one applies to every other image."""
+    generator = torch.Generator().manual_seed(seed)
+    state = init_progress(2)
+    for epoch in range(epochs):
+        texts = [str((8 * epoch + i) % prompts) for i in range(8) for _ in range(4)]
+        level = torch.tensor([int(text) % 7 / 7 for text in texts], dtype=torch.float64)
+        values = (level + 0.01 * epoch).unsqueeze(1) + torch.randn(32, 2, generator=generator, dtype=torch.float64)
+        on = torch.ones(32, 2, dtype=torch.bool)
+        on[::2, 1] = False
+        state = update_progress(state, texts, Scores(values, on), 4, learning=epoch < 10)
+    return state
+
+
+def test_a_long_run_stays_small_and_tells_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = long_run(200, prompts=40)
+    assert len(state.epoch.unique()) <= 64
+    assert len(state.epoch) <= 64 * 40
+    assert int(state.images[:, 0].sum()) == 200 * 32
+    assert int(state.images[:, 1].sum()) == 200 * 16
+    assert state.epoch.unique()[-32:].tolist() == list(range(168, 200))
+    short = gains_of(state)
+    monkeypatch.setattr(progress, "_EPOCHS", 10**6)
+    exact = gains_of(long_run(200, prompts=40))
+    assert torch.allclose(short, exact, atol=0.2)  # of gains of 2, known to 0.2
+    assert 1.5 < float(exact.mean()) < 2.3
+
+
+def test_joined_epochs_keep_means_and_what_never_applied() -> None:
+    state = init_progress(2)
+    on = torch.tensor([[True, False]] * 2)
+    for epoch in range(100):
+        values = torch.tensor([[float(epoch), 0.0], [epoch + 2.0, 0.0]], dtype=torch.float64)
+        state = update_progress(state, ["a", "a"], Scores(values, on), 2, learning=True)
+    assert state.mean[:, 1].isnan().all()
+    assert float((state.images[:, 0] * state.mean[:, 0]).sum()) == pytest.approx(2 * sum(e + 1 for e in range(100)))
+    assert gains_of(state)[1].isnan()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+import urllib.error
+from collections.abc import Callable, Iterator, Sequence
+from email.message import Message
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from reference import scorer as scorer_module
+from reference import scoring
 from reference.config import Config, ScoringConfig
 from reference.errors import ConfigError, RewardError
 from reference.prompt_files import Prompt
@@ -155,3 +158,35 @@ def test_a_source_that_is_no_pair_is_named(entry: str) -> None:
     assert sources_of(Config(scoring=ScoringConfig(models=("unifiedreward=http://host:1/v1?a=b",)))) == {
         "unifiedreward": "http://host:1/v1?a=b"
     }
+
+
+def test_a_connection_that_fails_is_tried_again_a_few_times(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+
+    def fails(times: int, error: Exception) -> Callable[..., Tensor]:
+        left = [error] * times
+
+        def reward(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+            if left:
+                raise left.pop()
+            return images.mean((1, 2, 3))
+
+        return reward
+
+    images, prompts = torch.rand(2, 3, 4, 4), plain_prompts(["a", "b"])
+    passing = (ConnectionResetError("gone"), TimeoutError("late"), urllib.error.URLError("refused"),
+               type("ReadTimeout", (Exception,), {"__module__": "httpx"})("late"))  # fmt: skip
+    for error in passing:
+        waited.clear()
+        found = scoring.score({"server": fails(3, error)}, images, prompts)
+        assert torch.equal(found.values[:, 0], images.mean((1, 2, 3)).double())
+        assert waited == [1.0, 2.0, 4.0]
+        assert "reward 'server'" in capsys.readouterr().err
+        with pytest.raises(RewardError, match="reward 'server' raised"):
+            scoring.score({"server": fails(4, error)}, images, prompts)
+    waited.clear()
+    for error in (ValueError("no"), urllib.error.HTTPError("http://x", 404, "no", Message(), None)):
+        with pytest.raises(RewardError, match="reward 'server' raised"):
+            scoring.score({"server": fails(1, error)}, images, prompts)
+    assert not waited

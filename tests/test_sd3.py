@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import errors as hub
 from safetensors.torch import load_file
 from torch import Tensor
@@ -38,6 +39,7 @@ from reference.policy import (
     weights_of,
 )
 from reference.presets import preset
+from reference.quiet import quiet_libraries
 from reference.rows import Rows
 from reference.scoring import Scores, plain_prompts
 
@@ -91,7 +93,7 @@ def test_embeddings_and_images_are_the_pipeline_s(tiny_sd3: Path, cache: Path) -
 
 def test_prompts_are_encoded_once(tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
-    original = sd3._text_encoders
+    original = sd3._encoder
 
     def spy(*args: Any) -> Any:
         encode = original(*args)
@@ -102,7 +104,7 @@ def test_prompts_are_encoded_once(tiny_sd3: Path, tmp_path: Path, monkeypatch: p
 
         return noted
 
-    monkeypatch.setattr(sd3, "_text_encoders", spy)
+    monkeypatch.setattr(sd3, "_encoder", spy)
     folder = tmp_path / "pipeline"
     shutil.copytree(tiny_sd3, folder)
     model = model_of(folder, tmp_path / "cache")
@@ -440,3 +442,32 @@ def test_prompts_can_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert len(out.read_text().splitlines()) == 20
     assert main(["make-prompts", "geneval", "--out", str(out)]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_what_is_cut_off_is_one_line_and_libraries_are_silent(
+    tiny_sd3: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = model_of(tiny_sd3, tmp_path / "cache")
+    with quiet_libraries():
+        sd3.load_sd3(model, ["a cat", "a dog and " + 90 * "very " + "big"], CPU)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line and "encoding prompts" not in line]
+    assert lines == [
+        "1 of 2 prompts are cut off after the 16 tokens that the CLIP encoders read",
+        "1 of 2 prompts are cut off after the model.t5_tokens = 12 that the T5 encoder reads",
+    ]
+
+
+def test_libraries_speak_again_after_a_load() -> None:
+    before = diffusers_logging.get_verbosity(), diffusers_logging.is_progress_bar_enabled()
+    with quiet_libraries():
+        assert not diffusers_logging.is_progress_bar_enabled()
+    assert (diffusers_logging.get_verbosity(), diffusers_logging.is_progress_bar_enabled()) == before
+
+
+def test_a_scheduler_that_shifts_by_resolution_is_refused(tiny_sd3: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(tiny_sd3, folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dynamic_shifting": True}))
+    with pytest.raises(ConfigError, match=r"model\.base: expected a scheduler .* got use_dynamic_shifting"):
+        sd3.load_sd3(model_of(folder, tmp_path / "cache"), [], CPU)

@@ -25,6 +25,7 @@ from reference.config import Config, SolveConfig
 from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
 from reference.policy import Policy, velocity
 from reference.presets import preset
+from reference.scoring import Scores
 from reference.toml import to_toml
 from reference.train import train
 
@@ -555,3 +556,20 @@ def test_rows_that_move_in_the_model_stop_the_first_refresh(tmp_path: Path, monk
     with pytest.raises(TrainingError, match=r"expected rows that agree with autograd.*go on with --resume"):
         train(config(tmp_path / "run"))
     assert checkpoint.latest(tmp_path / "run" / "checkpoints") is not None
+
+
+def nowhere(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Scores:
+    return Scores(torch.zeros(len(images)), torch.zeros(len(images), dtype=torch.bool))
+
+
+def test_rewards_that_apply_to_nothing_are_said_or_stop_the_run(tmp_path: Path, capsys: Any) -> None:
+    name = f"{__name__}:nowhere"
+    train(config(tmp_path / "run", rewards=("colour", name), epochs=2))
+    said = [text for record in records(tmp_path / "run", "epoch") for text in record["warnings"]]
+    assert [text for text in said if "has applied to no image" in text] == [
+        f"reward {name!r} has applied to no image in {n} epochs: nothing is learnt from it and its share of the "
+        "weights is lost. Give prompts that it applies to, or leave it out"
+        for n in (1, 2)
+    ]
+    with pytest.raises(TrainingError, match=r"none of the rewards applies to any prompt.*go on with --resume"):
+        train(config(tmp_path / "none", rewards=(name,)))
