@@ -80,6 +80,10 @@ def read_source(spec: str | Path) -> list[Prompt]:
         ConfigError: the file cannot be read, has no prompt, or has lines that cannot be used: all are named by number.
     """
     path, format, rewards = parse_spec(spec)
+    kind = path.stem.removesuffix("-test")
+    if not path.exists() and kind in ("general", "ocr", "geneval"):
+        made = f"python -m reference make-prompts {kind}{'' if path.parent == Path('prompts') else f' --out {path}'}"
+        raise ConfigError(f"rollout.prompts: there is no file {path}. Make it with: {made}")
     numbered = [(number, _bare(line)) for number, line in prompt_lines(path)]
     format = format or _guess(path, [line for _, line in numbered])
     prompts, faults = [], []

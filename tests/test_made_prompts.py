@@ -37,6 +37,11 @@ def test_the_format_of_a_file_is_seen_without_being_told(kind: str, tmp_path: Pa
     assert read_source(path) == read_source(f"{'text' if kind == 'general' else kind}:{path}")
 
 
+def test_a_file_that_is_missing_says_how_to_make_it() -> None:
+    with pytest.raises(ConfigError, match=r"no file prompts/ocr-test\.txt.* python -m reference make-prompts ocr$"):
+        read_source("ocr:prompts/ocr-test.txt")
+
+
 def test_more_begin_with_the_same_and_there_is_an_end() -> None:
     for kind in ("general", "ocr"):
         assert make_lines(kind, 0, 50, held_out=True)[:20] == make_lines(kind, 0, 20, held_out=True)
