@@ -51,8 +51,15 @@ def kinds() -> list[Kind]:
     found = [Kind("step", "weighted-sum", 5, weighted, 0), Kind("step", "transcription", 5, None, 0)]
     found += [Kind("step", f"shared K={K}", K, full, 1) for K in (5, 16, 64)]
     found += [Kind("cycle", "weighted-sum", 5, weighted, 0, CYCLE)]
+    found += [Kind("cycle", "soft-min", 5, _rule("soft-min"), 0, CYCLE)]
     for name in ("marble-paper", "marble", "soft-min"):
         found.append(Kind("cycle", f"{name} N={CYCLE}", 5, _rule(name), CYCLE, CYCLE))
+    found += [
+        Kind("epochs", "weighted-sum", 5, weighted, 0, CYCLE),
+        Kind("epochs", "soft-min", 5, _rule("soft-min"), 0, CYCLE),
+    ]
+    for name in ("marble-paper", "marble", "soft-min"):
+        found.append(Kind("epochs", f"{name} N={CYCLE}", 5, _rule(name), CYCLE, CYCLE))
     found += [Kind("epoch", "weighted-sum", 5, weighted, 0), Kind("epoch", "shared K=5", 5, full, 1)]
     found += [Kind("epoch", "transcription", 5, None, 0), Kind("k-pass", "weighted-sum", 5, weighted, 0)]
     return found + [Kind("k-pass", f"k-pass K={K}", K, _rule("marble", "k_pass"), 1) for K in (5, 16, 64)]
@@ -98,44 +105,55 @@ def transcription(policy: Policy, rows: Rows, loss: LossConfig, micro_batch: int
 
 def training(policy: Policy, rows: Rows, kind: Kind, setup: Setup) -> Callable[[], None]:
     """``kind.steps`` optimiser steps, ready to be called."""
+    step = one_step(policy, rows, kind, setup)
+
+    def run() -> None:
+        for i in range(kind.steps):
+            step(i)
+
+    return run
+
+
+def one_step(policy: Policy, rows: Rows, kind: Kind, setup: Setup) -> Callable[[int], None]:
+    """An optimiser step, ready to be called with its number, from 0, where the balance begins anew."""
     trained = parameters(policy)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-6)
     start = None if kind.rule is None else init_balance(kind.K, kind.rule, trained)
     prior = torch.full((kind.K,), 1 / kind.K, dtype=torch.float64)
     average = {name: p.detach().clone() for name, p in trained.items()}
+    balance = start
 
-    def run() -> None:
-        nonlocal average
-        balance = start
-        for i in range(kind.steps):
-            if kind.rule is None or balance is None:
-                with torch.compiler.set_stance("force_eager"):
-                    gradient = transcription(policy, rows, LOSS, setup.batch)
-            else:
-                refresh = kind.every > 0 and i % kind.every == 0
-                step = Step(refresh, prior=prior, metric=None, previous=None)
-                result = step_gradient(policy, rows, balance, kind.rule, LOSS, step, micro_batch=setup.batch)
-                gradient, balance = result.gradient, result.balance
-            for name, p in trained.items():
-                p.grad = gradient[name]
-            torch.nn.utils.clip_grad_norm_(trained.values(), CLIP)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            average = ema_tree(average, trained, 0.9)
+    def run(i: int) -> None:
+        nonlocal average, balance
+        balance = start if i == 0 else balance
+        if kind.rule is None or balance is None:
+            with torch.compiler.set_stance("force_eager"):
+                gradient = transcription(policy, rows, LOSS, setup.batch)
+        else:
+            refresh = kind.every > 0 and i % kind.every == 0
+            step = Step(refresh, prior=prior, metric=None, previous=None)
+            result = step_gradient(policy, rows, balance, kind.rule, LOSS, step, micro_batch=setup.batch)
+            gradient, balance = result.gradient, result.balance
+        for name, p in trained.items():
+            p.grad = gradient[name]
+        torch.nn.utils.clip_grad_norm_(trained.values(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average = ema_tree(average, trained, 0.9)
 
     return run
 
 
 def epoch(policy: Policy, rows: Rows, kind: Kind, setup: Setup, device: torch.device) -> Callable[[], None]:
-    """Sampling of ``2 batch`` images, then one step on each of them at 9 of its 10 timesteps."""
+    """``kind.steps`` times: sampling of ``2 batch`` images, then one step on each of them at 9 of its 10 timesteps."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     J, N = int(0.99 * SAMPLING_STEPS), 2 * setup.batch
     schedule = times(scheduler, SAMPLING_STEPS)[:J].to(device)
     image = torch.arange(N, device=device).repeat_interleave(J)
     many = Rows(*(x[image] for x in rows))._replace(embeds=rows.embeds, pooled=rows.pooled, t=schedule.repeat(N))
-    train = training(policy, many, kind, setup)
+    train = one_step(policy, many, kind, setup)
 
-    def run() -> None:
+    def sampled() -> None:
         stance = "force_eager" if kind.rule is None else "default"
         switch = active if kind.rule is None else merged
         with torch.no_grad(), torch.compiler.set_stance(stance), switch(policy, "old"):
@@ -146,6 +164,10 @@ def epoch(policy: Policy, rows: Rows, kind: Kind, setup: Setup, device: torch.de
                 many.x0[part * J : (part + setup.batch) * J] = sample(
                     flow, noise, scheduler, sampler="dpm2", steps=SAMPLING_STEPS
                 ).repeat_interleave(J, dim=0)
-        train()
+
+    def run() -> None:
+        for i in range(kind.steps):
+            sampled()
+            train(i)
 
     return run

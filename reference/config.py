@@ -188,6 +188,9 @@ class LogConfig:
     """Sampling steps of evaluation images."""
     save_every: int = 10
     """Epochs between checkpoints; the last two are kept."""
+    measure_every: int = 100
+    """Optimiser steps between measurements of all gradients with a rule that does not need them; 0 for none. A rule
+    that solves measures whenever it does."""
     watch: tuple[str, ...] = ("objects_strict",)
     """Rewards that evaluations report beside the trained ones: held-out rewards."""
     trackers: tuple[str, ...] = ("tensorboard",)
@@ -314,6 +317,8 @@ _RULES = {
 def rule_of(config: Config) -> Rule:
     """The balancing rule of a run: its name's defaults, then the switches that were set.
 
+    A rule that does not solve refreshes to measure alone, every ``log.measure_every`` steps.
+
     A solver of one's own is not guarded: the guard's bound is about the shortest direction.
 
     Example:
@@ -321,9 +326,21 @@ def rule_of(config: Config) -> Rule:
         'full'
     """
     base = _RULES.get(config.balance, dataclasses.replace(_MIN_NORM, solver=config.balance, guard=0.0))
+    if base.kind != "solve" or (config.solve.solver or base.solver) == "prior":
+        base = dataclasses.replace(base, refresh_every=config.log.measure_every)
     names = {f.name for f in dataclasses.fields(Rule)}
     given = {k: v for k, v in vars(config.solve).items() if k in names and v is not None}
     return dataclasses.replace(base, **given)
+
+
+def refreshes_at(rule: Rule, step: int) -> bool:
+    """Whether a rule takes all gradients at this step, counted from 0; never with an interval of 0.
+
+    Example:
+        >>> [refreshes_at(rule_of(Config(balance="marble")), step) for step in (0, 5, 10)]
+        [True, False, True]
+    """
+    return rule.refresh_every > 0 and step % rule.refresh_every == 0
 
 
 def is_world(base: str) -> bool:

@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from marble_core import refresh_due
-from reference.config import Config, Rule, is_world, pulls, rule_of, training_times
+from reference.config import Config, Rule, is_world, pulls, refreshes_at, rule_of, training_times
 from reference.errors import ConfigError
 from reference.model import load_model
 from reference.policy import parameters, target_layers, velocity
@@ -53,8 +52,8 @@ def _work(config: Config) -> _Work:
         images=r.prompts_per_epoch * r.images_per_prompt,
         J=config.loss.timesteps_per_image or training_times(config),
         steps=steps,
-        refreshes=sum(refresh_due(step, rule.refresh_every) for step in range(steps)),
-        all_rows=sum(refresh_due(step, rule.refresh_every) for step in range(steps)),
+        refreshes=sum(refreshes_at(rule, step) for step in range(steps)),
+        all_rows=sum(refreshes_at(rule, step) for step in range(steps)),
     )
 
 

@@ -58,10 +58,11 @@ def preset(name: Preset) -> Config:
     if name in ("sd35m", "sd35m-single-gpu"):
         return _sd35m() if name == "sd35m" else _on_one_card(_sd35m())
     if name == "world":
-        return Config()
+        return Config(log=LogConfig(measure_every=10))
     if name == "world-conflict":
         rewards = ("text", "colour", "jpeg", "sharpness", "contrast")
-        return Config(run=Path("runs/world-conflict"), rewards=rewards, log=LogConfig(watch=("objects", "similarity")))
+        log = LogConfig(watch=("objects", "similarity"), measure_every=10)
+        return Config(run=Path("runs/world-conflict"), rewards=rewards, log=log)
     if name == "demo":
         return dataclasses.replace(
             preset("world-conflict"),
@@ -69,7 +70,7 @@ def preset(name: Preset) -> Config:
             epochs=14,
             rollout=RolloutConfig(pool=30, prompts_per_epoch=6),
             optim=OptimConfig(lr=1e-3),
-            log=LogConfig(eval_every=0, eval_prompts=120, eval_images=2, save_every=0, watch=()),
+            log=LogConfig(eval_every=0, eval_prompts=120, eval_images=2, save_every=0, watch=(), measure_every=10),
         )
     rollout = RolloutConfig(pool=4, prompts_per_epoch=2, images_per_prompt=4, steps=3, batch=8)
     loss = LossConfig(timesteps_per_image=2)

@@ -19,14 +19,13 @@ from marble_core import (
     ema_tree,
     eval_ema_decay,
     old_policy_decay,
-    refresh_due,
     soft_min_weights,
 )
 from reference import checkpoint
 from reference.balance import Step, StepResult, applied_coefficients, init_balance, is_finite, step_gradient
 from reference.base import Base
 from reference.batch import Rollout, advantages, images_of_steps, sample_epoch, step_rows, whole_step
-from reference.config import Config, Rule, rule_of
+from reference.config import Config, Rule, refreshes_at, rule_of
 from reference.devices import tf32
 from reference.distributed import (
     World,
@@ -281,9 +280,9 @@ def _step(run: Run, state: State, rows: Rows, whole: Whole, prior: Tensor) -> St
     The last thing that can fail for another process's sake comes before anything has changed.
     """
     rule, policy, config = run.rule, run.policy, run.config
-    every, at = rule.refresh_every, state.step
+    at = state.step
     step = Step(
-        refresh=refresh_due(at, every),
+        refresh=refreshes_at(rule, at),
         prior=prior,
         metric=_inverse_metric(run.optimizer, policy) if rule.metric == "adam" else None,
         previous=state.previous,
@@ -300,7 +299,7 @@ def _step(run: Run, state: State, rows: Rows, whole: Whole, prior: Tensor) -> St
         metrics["grad_norm"] = _descend(run, result.gradient)
         decay = eval_ema_decay(state.step, config.optim.ema_cap)
         state = state._replace(ema=ema_tree(state.ema, parameters(policy), decay), balance=result.balance)
-    keep = result.gradient if finite and refresh_due(at + 1, every) else None
+    keep = result.gradient if finite and refreshes_at(rule, at + 1) else None
     health = observe_step(state.health, metrics)
     skipped = 0 if finite else state.skipped + 1
     state = state._replace(step=at + 1, part=state.part + 1, skipped=skipped, previous=keep, health=health)

@@ -94,7 +94,7 @@ def _check_ranges(config: Config, rule: Rule) -> None:
         "epochs": config.epochs, "model.lora_rank": config.model.lora_rank, "model.lora_alpha": config.model.lora_alpha,
         "rollout.pool": rollout.pool, "rollout.prompts_per_epoch": rollout.prompts_per_epoch,
         "rollout.steps": rollout.steps, "rollout.batch": rollout.batch, "loss.beta": loss.beta,
-        "loss.a_max": loss.a_max, "solve.refresh_every": rule.refresh_every, "optim.lr": optim.lr,
+        "loss.a_max": loss.a_max, "optim.lr": optim.lr,
         "optim.clip": optim.clip, "optim.eps": optim.eps, "optim.steps_per_epoch": optim.steps_per_epoch,
         "optim.micro_batch": optim.micro_batch, "log.eval_prompts": config.log.eval_prompts,
         "log.eval_images": config.log.eval_images, "log.eval_steps": config.log.eval_steps,
@@ -106,11 +106,14 @@ def _check_ranges(config: Config, rule: Rule) -> None:
         _check(0 <= value <= 1, f"{name} to be in [0, 1]", value)
     for name, value in {"solve.guard": rule.guard, "solve.decay": rule.decay}.items():
         _check(0 <= value < 1, f"{name} to be in [0, 1)", value)
+    every = config.solve.refresh_every
+    _check(every is None or every > 0, "solve.refresh_every to be positive", every)
     _check(0 <= rule.softmin < math.inf, "solve.softmin to be finite and at least 0", rule.softmin)
     not_negative = {
         "threads": config.threads, "loss.kl_weight": loss.kl_weight, "loss.norm_guard": loss.norm_guard,
         "optim.weight_decay": optim.weight_decay,
-        "log.eval_every": config.log.eval_every, "log.save_every": config.log.save_every,
+        "log.eval_every": config.log.eval_every,
+        "log.measure_every": config.log.measure_every, "log.save_every": config.log.save_every,
         "scoring.batch": config.scoring.batch,
     }  # fmt: skip
     for name, value in not_negative.items():

@@ -15,11 +15,13 @@ from reference.config import (
     BUILT_IN_RULES,
     WORLD_REWARDS,
     Config,
+    LogConfig,
     LossConfig,
     ModelConfig,
     Preset,
     RolloutConfig,
     SolveConfig,
+    refreshes_at,
     rule_of,
     training_times,
 )
@@ -270,7 +272,21 @@ def test_rules_have_the_switches_of_their_papers() -> None:
     assert rule_of(Config(balance="noise-aware")).refresh_every == 1
     for balance in set(BUILT_IN_RULES) - {"noise-aware"}:
         rule = rule_of(Config(balance=balance))
-        assert (rule.normalize, rule.refresh_every, rule.rho, rule.rows) == (True, 10, 0.7, "shared")
+        every = 10 if balance.startswith("marble") else 100
+        assert (rule.normalize, rule.refresh_every, rule.rho, rule.rows) == (True, every, 0.7, "shared")
+
+
+def test_a_rule_that_does_not_solve_measures_at_its_own_interval() -> None:
+    log = LogConfig(measure_every=4)
+    for balance in ("soft-min", "weighted-sum", "uniform"):
+        rule = rule_of(Config(balance=balance, log=log))
+        assert [step for step in range(10) if refreshes_at(rule, step)] == [0, 4, 8]
+        never = rule_of(Config(balance=balance, log=LogConfig(measure_every=0)))
+        assert not any(refreshes_at(never, step) for step in range(1000))
+        validate(Config(balance=balance, log=LogConfig(measure_every=0)))
+    assert rule_of(Config(balance="marble", log=log)).refresh_every == 10
+    assert rule_of(Config(balance="noise-aware", log=LogConfig(measure_every=0))).refresh_every == 1
+    assert rule_of(Config(balance="marble", log=log, solve=SolveConfig(solver="prior"))).refresh_every == 4
 
 
 @pytest.mark.parametrize("balance", [*BUILT_IN_RULES, "mine:own"])
