@@ -209,6 +209,12 @@ def _folder_fingerprint(folder: Path) -> str:
     return repr((str(folder.resolve()), stats))
 
 
+def embeddings_folder(model: ModelConfig, source: Source) -> Path:
+    """Where the embeddings of a pipeline's text encoders are kept."""
+    identity = repr((source.fingerprint, model.precision, model.t5_tokens))
+    return model.cache / hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+
 def _embeddings(
     model: ModelConfig,
     source: Source,
@@ -218,8 +224,7 @@ def _embeddings(
     device: torch.device,
 ) -> Embeddings:
     """The embeddings of all prompts, from the cache or from the text encoders, which are freed afterwards."""
-    identity = repr((source.fingerprint, model.precision, model.t5_tokens))
-    embeddings = open_embeddings(model.cache / hashlib.sha256(identity.encode()).hexdigest()[:16])
+    embeddings = open_embeddings(embeddings_folder(model, source))
     missing = missing_prompts(embeddings, prompts)
     if not missing:
         return embeddings
