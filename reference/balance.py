@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +27,11 @@ from marble_core import (
 )
 from reference.config import FROM_PRIOR, SOLVERS, LossConfig, Rule
 from reference.distributed import ALONE, all_reduce
+from reference.errors import TrainingError
 from reference.estimate import Estimate, Signal, Tree, init_estimate, observe
 from reference.policy import Policy
 from reference.rows import Rows, Weigh, Whole, all_rows, halves, joined, one_gradient
-from reference.scoring import load_callable
+from reference.scoring import load_callable, place_of
 
 
 class Balance(NamedTuple):
@@ -167,7 +168,7 @@ def solve(rule: Rule, signal: Signal, prior: Tensor) -> Harmonization:
     if rule.shrink:  # a norm that cannot be told from zero must not blow a coefficient up
         square = gram.diagonal()
         gram = gram + torch.diag((signal.error.nan_to_num(0.0) - square).clamp(min=0))
-    solver = min_norm_weights if rule.solver in SOLVERS else load_callable(rule.solver, "balance")
+    solver = min_norm_weights if rule.solver in SOLVERS else _own_solver(rule.solver)
     solution = harmonize(gram, solver=solver)
     if rule.solver in FROM_PRIOR:
         c = _from_prior(rule, gram, signal.noise, prior)
@@ -184,6 +185,26 @@ def solve(rule: Rule, signal: Signal, prior: Tensor) -> Harmonization:
     n_bar = solution.norms[solution.active].mean()
     c = torch.where(solution.active, n_bar * w / solution.norms, 0.0) if rule.normalize else w
     return solution._replace(weights=w, coefficients=c)
+
+
+def _own_solver(path: str) -> Callable[[Tensor], Tensor]:
+    """A solver of the user's, whose faults are said as what they are."""
+    solver = load_callable(path, "balance")
+
+    def checked(gram: Tensor) -> Tensor:
+        try:
+            weights = solver(gram)
+        except Exception as error:
+            raise TrainingError(f"balance {path!r} raised {place_of(error)}") from error
+        K = gram.shape[-1]
+        if not isinstance(weights, Tensor) or weights.shape != (K,) or not weights.is_floating_point():
+            got = f"{weights.dtype} {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+            raise TrainingError(f"balance {path!r}: expected a float tensor of K = {K} weights, got {got}.")
+        if bool(gram.isfinite().all()) and not bool(weights.isfinite().all()):
+            raise TrainingError(f"balance {path!r}: expected finite weights, got {weights.tolist()}.")
+        return weights
+
+    return checked
 
 
 def _from_prior(rule: Rule, gram: Tensor, noise: Tensor, prior: Tensor) -> Tensor:

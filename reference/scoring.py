@@ -107,6 +107,12 @@ def _scores_of(result: Any, N: int) -> tuple[Any, Any]:
     return values, applicable
 
 
+def place_of(error: Exception) -> str:
+    """An exception with the file and the line that raised it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
+
+
 def _called(name: str, reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Any:
     """What a reward returns; a connection that fails is tried again, a few times, after some seconds."""
     texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
@@ -136,9 +142,7 @@ def _one(name: str, reward: Reward, images: Tensor, prompts: Sequence[Prompt], n
     try:
         result = _called(name, reward, images, prompts)
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        place = f" ({Path(last.filename).name}, line {last.lineno})"
-        raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error}{place}") from error
+        raise RewardError(f"reward {name!r} raised {place_of(error)}") from error
     values, applicable = _scores_of(result, N)
     for what, x in (("scores", values), ("applicable", applicable)):
         if not isinstance(x, Tensor) or x.shape != (N,):

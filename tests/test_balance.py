@@ -24,10 +24,20 @@ from marble_core import (
 )
 from reference import balance as balance_module
 from reference import rows as rows_module
-from reference.balance import Balance, Step, StepResult, applied_coefficients, init_balance, is_finite, step_gradient
+from reference.balance import (
+    Balance,
+    Step,
+    StepResult,
+    applied_coefficients,
+    init_balance,
+    is_finite,
+    solve,
+    step_gradient,
+)
 from reference.config import BUILT_IN_RULES, Config, LossConfig, Rule, SolveConfig, rule_of
 from reference.distributed import World
-from reference.estimate import Tree
+from reference.errors import TrainingError
+from reference.estimate import Signal, Tree
 from reference.policy import Policy, active, adapter_state, add_lora, load_adapter, parameters, velocity
 from reference.rows import Rows, Whole, micro_batches
 from reference.toml import from_toml
@@ -199,9 +209,9 @@ def test_min_norm_balances_the_signal_and_adds_the_shared_part_once(policy: Poli
 def test_norm_corrected_coefficients_reproduce_the_refresh_in_one_pass(policy: Policy) -> None:
     rows = some_rows(A_scale=4.0)  # some advantages are clamped
     assert (rows.A.abs() > 5).any()
-    for solve in (SolveConfig(), SolveConfig(gradients="full"), SolveConfig(normalize=False, guard=0.0)):
-        first = take(policy, rows, rule("marble", solve))
-        again = take(policy, rows, rule("marble", solve), balance=first.balance, refresh=False)
+    for switches in (SolveConfig(), SolveConfig(gradients="full"), SolveConfig(normalize=False, guard=0.0)):
+        first = take(policy, rows, rule("marble", switches))
+        again = take(policy, rows, rule("marble", switches), balance=first.balance, refresh=False)
         assert_trees(again.gradient, first.gradient)
 
 
@@ -459,3 +469,36 @@ def test_the_coefficients_that_are_logged_made_the_gradient(policy: Policy, rows
         assert_trees(found.gradient, expected, tol=1e-4)
         if found.refresh is not None:
             assert found.refresh["coefficients"] == pytest.approx(c.tolist())
+
+
+def own_shape(gram: Tensor) -> Tensor:
+    return torch.ones(1)
+
+
+def own_list(gram: Tensor) -> Any:
+    return [1.0, 1.0, 1.0]
+
+
+def own_nan(gram: Tensor) -> Tensor:
+    return torch.full_like(gram[0], torch.nan)
+
+
+def own_error(gram: Tensor) -> Tensor:
+    raise KeyError("weights")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_shape", r"expected a float tensor of K = 3 weights, got torch\.float32 \[1\]"),
+        ("own_list", r"expected a float tensor of K = 3 weights, got list"),
+        ("own_nan", r"expected finite weights, got \[nan, nan, nan\]"),
+        ("own_error", r"raised KeyError: 'weights' \(test_balance\.py, line \d+\)"),
+    ],
+)
+def test_a_rule_of_one_s_own_that_fails_says_how(name: str, message: str) -> None:
+    rule = rule_of(Config(balance=f"{__name__}:{name}"))
+    gram, ones = torch.eye(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    signal = Signal(gram, ones, ones, ones, ones, None, gram, gram)
+    with pytest.raises(TrainingError, match=f"balance '.*:{name}':? {message}"):
+        solve(rule, signal, ones / 3)

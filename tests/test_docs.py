@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tyro
 
 import marble_core
+from reference import __main__ as reference_main
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -60,6 +64,49 @@ def test_readme_example_is_the_demo_and_prints() -> None:
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target, _ in LINK.findall(page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page_id(page)} links to {target}"
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of a page's shell blocks, continued ones joined, without comments."""
+    texts = [text.replace("\\\n", " ") for language, text, _ in blocks(page) if language in ("bash", "text")]
+    return [line.partition("  #")[0].strip() for text in texts for line in text.splitlines()]
+
+
+class Parsed(Exception):
+    """The command line was understood; nothing else is done."""
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any("-m reference" in c for c in commands(p))], ids=page_id)
+def test_documented_commands_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tyro.cli
+
+    def parse_only(*args: Any, **kwargs: Any) -> Any:
+        found = real(*args, **kwargs)
+        if kwargs.get("prog") is not None or hasattr(found, "dry_run"):
+            raise Parsed(found)
+        return found
+
+    monkeypatch.setattr(tyro, "cli", parse_only)
+    monkeypatch.chdir(ROOT)
+    found = 0
+    for line in commands(page):
+        _, marker, rest = line.partition("-m reference ")
+        if not marker or "COMMAND" in rest:
+            continue
+        name, *flags = [word for word in shlex.split(rest) if word not in ("[flags]", "...")]
+        found += 1
+        if "--help" in (name, *flags):
+            continue
+        with pytest.raises(Parsed):  # a flag that is not understood is a SystemExit
+            reference_main.COMMANDS[name][0](flags)
+    assert found
+
+
+def test_documented_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {word for page in PAGES for line in commands(page) if line.startswith("make ") for word in line.split()[1:]}
+    assert named
+    assert {word for word in named if "=" not in word} <= targets | {".venv"}
 
 
 def test_every_public_module_has_an_api_page() -> None:
