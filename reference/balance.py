@@ -11,7 +11,6 @@ from torch import Tensor
 
 from marble_core import (
     Coefficients,
-    Guard,
     Harmonization,
     combine_rows,
     cone_weights,
@@ -23,8 +22,8 @@ from marble_core import (
     noise_aware_weights,
     null_alignment,
     shrink_to_prior,
-    update_coefficients,
 )
+from marble_core.rules import Smoothed, follow
 from reference.config import FROM_PRIOR, SOLVERS, LossConfig, Rule
 from reference.distributed import ALONE, all_reduce
 from reference.errors import TrainingError
@@ -229,19 +228,11 @@ def refreshed(
     if rule.solver in FROM_PRIOR:
         c = solution.coefficients
         return balance._replace(applied=c - prior), 1.0, c
-    if bool(solution.stationary):
-        return balance, 1.0, balance.applied
-    guard = Guard(gram, rule.guard) if rule.guard > 0 else None
-    smoothed, rho_used = update_coefficients(balance.coefficients, solution, rho=rule.rho, guard=guard)
-    on = solution.active
-    norms = torch.where(on, solution.norms, balance.norms)
-    n_bar = solution.norms[on].mean()
-    if rule.normalize and rule.amortize == "norm_corrected":
-        applied = n_bar * smoothed.weights / torch.where(norms > 0, norms, n_bar)
-    else:
-        applied = smoothed.weights
-    c = solution.coefficients if rule.amortize == "paper" else applied
-    return balance._replace(coefficients=smoothed, norms=norms, applied=applied), float(rho_used), c
+    before = Smoothed(balance.coefficients, balance.norms, balance.applied)
+    keep = rule.normalize and rule.amortize == "norm_corrected"
+    after, rho_used = follow(before, solution, gram, rho=rule.rho, guard=rule.guard, keep_direction=keep)
+    fresh = rule.amortize == "paper" and not bool(solution.stationary)
+    return balance._replace(**after._asdict()), rho_used, solution.coefficients if fresh else after.applied
 
 
 def applied_coefficients(rule: Rule, balance: Balance, prior: Tensor) -> Tensor:

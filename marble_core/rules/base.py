@@ -1,0 +1,60 @@
+"""What a rule looks at, and what a rule is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from marble_core._check import describe, require, require_float
+
+
+class Evidence(NamedTuple):
+    """What was measured for a step. A step on which nothing was measured has none of it: rules then go on as before.
+
+    Attributes:
+        gram: ``[K, K]``, Gram matrix of the step's gradients.
+        cross: ``[K, K]``, cross-Gram matrix of independent halves: unbiased, perhaps averaged over steps.
+        gains: ``[K]``, how far each reward has come since the start, in standard deviations; NaN where not known.
+    """
+
+    gram: Tensor | None = None
+    cross: Tensor | None = None
+    gains: Tensor | None = None
+
+
+class Rule(NamedTuple):
+    """A balancing rule.
+
+    Attributes:
+        init: ``init() -> state``, a pytree of float64 tensors on the CPU, which ``torch.save`` takes.
+        update: ``update(state, evidence) -> (state, coefficients)`` with the coefficients ``[K]`` of the K gradients of
+            this step, float64. Pure: the same evidence gives the same, and nothing that goes in is changed.
+    """
+
+    init: Callable[[], Any]
+    update: Callable[[Any, Evidence], tuple[Any, Tensor]]
+
+
+def require_count(num_rewards: int) -> None:
+    """Raise unless the number of rewards is a positive integer."""
+    ok = isinstance(num_rewards, int) and not isinstance(num_rewards, bool) and num_rewards >= 1
+    require(ok, "num_rewards", "an integer of at least 1", describe(num_rewards))
+
+
+def matrix_of(name: str, x: Tensor, K: int) -> Tensor:
+    """A ``[K, K]`` matrix of the evidence in float64 on the CPU, where K x K numbers are solved."""
+    require_float(f"evidence.{name}", x, "[K, K]", (2,))
+    require(x.shape == (K, K), f"evidence.{name}", f"[K, K] = [{K}, {K}]", describe(x))
+    return x.detach().double().cpu()
+
+
+def prior_of(prior: Tensor | None, K: int) -> Tensor:
+    """A prior's weights in float64 on the CPU; equal ones, of sum 1, without it."""
+    if prior is None:
+        return torch.full((K,), 1.0 / K, dtype=torch.float64, device="cpu")
+    require_float("prior", prior, "[K]", (1,))
+    require(prior.shape == (K,), "prior", f"K = {K} entries, one a reward", describe(prior))
+    return prior.detach().double().cpu()

@@ -1,0 +1,37 @@
+"""The prior's step, turned only as far as needed to lower no reward."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from marble_core.cone import cone_weights
+from marble_core.rules.base import Evidence, Rule, matrix_of, prior_of, require_count
+
+
+def cone(num_rewards: int, *, prior: Tensor | None = None) -> Rule:
+    """Projection of the prior's step onto the cone of directions that lower no reward, at every step with a Gram.
+
+    Where the prior's weighted sum lowers nothing, that sum is the step. A step without ``evidence.gram`` adds what the
+    last projection added to the prior.
+
+    Args:
+        num_rewards: K.
+        prior: ``[K]``; equal weights without it.
+
+    Example:
+        >>> import torch
+        >>> rule = cone(2)
+        >>> rule.update(rule.init(), Evidence(gram=torch.tensor([[4.0, -1.0], [-1.0, 1.0]])))[1]
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+
+    Reference: ``marble_core.cone_weights``; docs/theory.md, section 12.
+    """
+    require_count(num_rewards)
+    weights = prior_of(prior, num_rewards)
+
+    def update(state: Tensor, evidence: Evidence) -> tuple[Tensor, Tensor]:
+        if evidence.gram is not None:
+            state = cone_weights(matrix_of("gram", evidence.gram, num_rewards), weights)
+        return state, state
+
+    return Rule(lambda: weights.clone(), update)

@@ -1,0 +1,142 @@
+"""Whole rules: by hand, as pure functions, and equal to what the trainer does under the same name."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from marble_core import cone_weights, harmonize, soft_min_weights
+from marble_core.rules import (
+    Evidence,
+    Rule,
+    cone,
+    marble,
+    marble_paper,
+    noise_aware,
+    soft_min,
+    uniform,
+    weighted_sum,
+)
+from reference.balance import applied_coefficients, init_balance, refreshed, solve
+from reference.config import Config, rule_of
+from reference.estimate import Signal, shrunk
+
+K = 4
+RULES: dict[str, Rule] = {
+    "uniform": uniform(K),
+    "weighted-sum": weighted_sum(torch.tensor([1.0, 2.0, 0.0, 4.0])),
+    "marble": marble(K),
+    "marble-paper": marble_paper(K),
+    "soft-min": soft_min(K),
+    "cone": cone(K),
+    "noise-aware": noise_aware(K),
+}
+
+
+def grams(seed: int, noise: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Gram matrix of a batch, and cross-Gram matrix of its halves."""
+    g = torch.Generator().manual_seed(seed)
+    signal = torch.randn(K, 30, generator=g, dtype=torch.float64) * torch.tensor([[1.0], [3.0], [0.3], [1.0]])
+    a, b = (signal + noise * torch.randn(K, 30, generator=g, dtype=torch.float64) for _ in range(2))
+    mean = (a + b) / 2
+    return mean @ mean.T, a @ b.T
+
+
+def evidence(seed: int) -> Evidence:
+    gram, cross = grams(seed)
+    gains = torch.randn(K, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return Evidence(gram, cross, gains)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_is_pure_and_a_step_without_evidence_goes_on(name: str) -> None:
+    rule = RULES[name]
+    state = rule.init()
+    for seed in range(5):
+        seen = evidence(seed)
+        copies = [x.clone() for x in seen if x is not None]
+        state, c = rule.update(state, seen)
+        d = rule.update(rule.init(), Evidence())[1]
+        assert c.dtype == torch.float64
+        assert c.shape == d.shape == (K,)
+        assert all(torch.equal(x, y) for x, y in zip(copies, (x for x in seen if x is not None), strict=True))
+        kept, same = rule.update(state, Evidence())
+        if name != "marble-paper":  # which goes along the fresh solution at a solve
+            assert torch.equal(same, c)
+        file = io.BytesIO()
+        torch.save(kept, file)
+        file.seek(0)
+        restored = torch.load(file, weights_only=False)
+        assert torch.equal(rule.update(restored, evidence(7))[1], rule.update(kept, evidence(7))[1])
+
+
+def test_what_the_formulas_say() -> None:
+    gram, gains = evidence(1).gram, evidence(1).gains
+    assert gram is not None
+    assert gains is not None
+    equal = torch.full((K,), 0.25, dtype=torch.float64)
+    first = {name: rule.update(rule.init(), evidence(1))[1] for name, rule in RULES.items()}
+    assert torch.equal(first["uniform"], equal)
+    assert first["weighted-sum"].tolist() == [1.0, 2.0, 0.0, 4.0]
+    assert torch.equal(first["soft-min"], soft_min_weights(gains, equal, 4.0, keep=0.5))
+    assert torch.equal(first["cone"], cone_weights(gram, equal))
+    assert torch.equal(first["marble-paper"], harmonize(gram).coefficients)
+    # the first solve has nothing to be smoothed with
+    exact = marble(K, rho=0.0, guard=0.0)
+    assert torch.allclose(exact.update(exact.init(), evidence(1))[1], harmonize(gram).coefficients, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["marble", "marble-paper", "noise-aware", "soft-min"])
+def test_the_trainer_s_rules_of_these_names_are_these(name: str) -> None:
+    rule, mine = RULES[name], rule_of(Config(balance=name))
+    state = rule.init()
+    balance = init_balance(K, mine, {"w": torch.zeros(2)})
+    equal, ones = torch.full((K,), 1 / K, dtype=torch.float64), torch.ones(K, dtype=torch.float64)
+    for seed in range(6):
+        seen = evidence(seed)
+        assert seen.gram is not None
+        assert seen.cross is not None
+        assert seen.gains is not None
+        prior = soft_min_weights(seen.gains, equal, 4.0, keep=0.5) if name == "soft-min" else equal
+        gram = shrunk(seen.cross) if name == "noise-aware" else seen.gram
+        signal = Signal(gram, ones, ones, ones, ones, None, seen.gram, seen.cross)
+        solution = solve(mine, signal, prior)
+        balance, _, expected = refreshed(mine, balance, gram, solution, prior)
+        state, c = rule.update(state, seen)
+        assert torch.allclose(c, expected, rtol=1e-12, atol=1e-15), name
+        between = applied_coefficients(mine, balance, prior)
+        assert torch.allclose(rule.update(state, Evidence())[1], between, rtol=1e-12, atol=1e-15), name
+
+
+def test_gradients_that_leave_no_direction_change_nothing() -> None:
+    opposed = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    for rule in (marble(2), marble_paper(2)):
+        state, _ = rule.update(rule.init(), Evidence(gram=torch.diag(torch.tensor([1.0, 4.0]))))
+        between = rule.update(state, Evidence())[1]
+        after, c = rule.update(state, Evidence(gram=opposed))
+        assert torch.equal(c, between)
+        assert after is state
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: uniform(0), "num_rewards: expected an integer of at least 1, got int 0"),
+        (lambda: marble(2, rho=2.0), r"rho: expected a number in \[0, 1\]"),
+        (lambda: soft_min(2, strength=-1.0), "strength: expected"),
+        (lambda: cone(2, prior=torch.ones(3)), "prior: expected K = 2 entries"),
+        (lambda: weighted_sum(torch.tensor([1, 2])), "weights: expected a floating-point tensor"),
+        (lambda: marble(2).update(marble(2).init(), Evidence(gram=torch.eye(3))), r"evidence.gram: expected \[K, K\]"),
+        (
+            lambda: noise_aware(2).update(noise_aware(2).init(), Evidence(cross=torch.eye(2))),
+            "evidence.gram: expected a matrix beside evidence.cross",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_named(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
