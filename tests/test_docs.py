@@ -56,8 +56,18 @@ def test_code_runs_and_prints_what_the_page_says(page: Path) -> None:
 
 def test_readme_example_is_the_demo_and_prints() -> None:
     python = [text for language, text, _ in blocks(ROOT / "README.md") if language == "python"]
-    assert python == [(ROOT / "examples" / "two_rewards.py").read_text(encoding="utf-8")]
-    assert len(run_page(ROOT / "README.md")) == 1
+    assert python[0] == (ROOT / "examples" / "two_rewards.py").read_text(encoding="utf-8")
+    assert len(run_page(ROOT / "README.md")) == len(python) == 2
+
+
+def test_the_loop_of_one_s_own_raises_all_three_rewards() -> None:
+    out = io.StringIO()
+    code = (ROOT / "examples" / "own_loop.py").read_text(encoding="utf-8")
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, "own_loop.py", "exec"), {"__name__": "own_loop"})
+    before, after = ([float(x) for x in re.findall(r"-?\d+\.\d+", line)] for line in out.getvalue().splitlines())
+    assert len(before) == len(after) == 3
+    assert all(b > a for a, b in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
