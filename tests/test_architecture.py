@@ -11,7 +11,7 @@ import pytest
 import marble_core
 
 PACKAGE = Path(marble_core.__file__).parent
-MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "__main__"))
 # Public modules that others may build on. Private ones (`_check`, `_min_norm`, ...) are open to every module.
 EDGES = {
     "harmonize": {"gram", "simplex"},
