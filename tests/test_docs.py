@@ -60,16 +60,6 @@ def test_readme_example_is_the_demo_and_prints() -> None:
     assert len(run_page(ROOT / "README.md")) == len(python) == 2
 
 
-def test_the_loop_of_one_s_own_raises_all_three_rewards() -> None:
-    out = io.StringIO()
-    code = (ROOT / "examples" / "own_loop.py").read_text(encoding="utf-8")
-    with contextlib.redirect_stdout(out):
-        exec(compile(code, "own_loop.py", "exec"), {"__name__": "own_loop"})
-    before, after = ([float(x) for x in re.findall(r"-?\d+\.\d+", line)] for line in out.getvalue().splitlines())
-    assert len(before) == len(after) == 3
-    assert all(b > a for a, b in zip(before, after, strict=True))
-
-
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target, _ in LINK.findall(page.read_text(encoding="utf-8")):
