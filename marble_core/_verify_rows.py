@@ -57,8 +57,9 @@ def _error_and_scale(row: Tensor, g: Tensor | None, r: Tensor) -> tuple[Tensor, 
 
 
 def _coarsest(signal: Tensor, module: nn.Module, *, autocast: bool) -> float:
-    """The coarsest rounding on the way back: frozen parameters have part in it, and matrix products in TF32."""
-    dtypes = {signal.dtype, *(p.dtype for p in module.parameters() if p.is_floating_point())}
+    """The coarsest rounding on the way back: frozen parameters have part in it, matrix products in TF32, and float32
+    inside of norms and softmaxes whatever the model is in."""
+    dtypes = {torch.float32, signal.dtype, *(p.dtype for p in module.parameters() if p.is_floating_point())}
     dtypes |= {torch.bfloat16} if autocast else set()
     exact = signal.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
     return max(*(torch.finfo(dtype).eps for dtype in dtypes), 0.0 if exact else 2**-10)

@@ -62,7 +62,7 @@ def test_grpo_raises_all_three_rewards_and_its_rows_are_k_passes() -> None:
         log_p = grpo.log_probability(model, prompts, answers)
         expected = torch.autograd.grad(log_p, list(named.values()), weights[:, k])
         for (name, _), g in zip(named.items(), expected, strict=True):
-            assert torch.allclose(found.rows[name][k], g, rtol=1e-8, atol=1e-12), name
+            assert torch.allclose(found.rows[name][k], g, rtol=1e-4, atol=1e-5), name  # norms are in float32 inside
 
 
 def test_torchjd_takes_our_rules_and_we_its_weightings() -> None:
