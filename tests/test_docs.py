@@ -57,7 +57,8 @@ def test_code_runs_and_prints_what_the_page_says(page: Path) -> None:
 def test_readme_example_is_the_demo_and_prints() -> None:
     python = [text for language, text, _ in blocks(ROOT / "README.md") if language == "python"]
     assert python[0] == (ROOT / "examples" / "two_rewards.py").read_text(encoding="utf-8")
-    assert len(run_page(ROOT / "README.md")) == len(python) == 2
+    assert len(run_page(ROOT / "README.md")) == 1
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 700
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

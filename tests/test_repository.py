@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +26,13 @@ def test_what_the_core_job_runs_needs_the_core_alone() -> None:
     for path in [*(ROOT / name for name in names), *(ROOT / "property_tests").glob("*.py"), ROOT / "conftest.py"]:
         found = re.findall(r"^(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
         assert not {"reference", "peft", "diffusers", "transformers", "benchmarks"} & set(found), path.name
+
+
+def test_the_picture_is_what_its_script_draws() -> None:
+    picture = ROOT / "docs" / "figures" / "idea.svg"
+    before = picture.read_bytes()
+    runpy.run_path(str(ROOT / "docs" / "figures" / "idea.py"), run_name="__main__")
+    assert picture.read_bytes() == before
 
 
 def test_hooks_are_the_checks() -> None:
