@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from reference.errors import ConfigError
-from reference.world.scenes import is_held_out
+from reference.splits import is_held_out
 
 # The 80 classes of COCO, in COCO's order; three have names of GenEval's own (computer mouse, tv remote, keyboard).
 # fmt: off

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from reference.errors import ConfigError
 from reference.geneval_prompts import make_geneval_prompts
-from reference.world.scenes import is_held_out
+from reference.splits import is_held_out
 
 # fmt: off
 _SUBJECTS = (
@@ -79,7 +79,7 @@ def make_lines(kind: str, seed: int, count: int, *, held_out: bool) -> list[str]
 
     Example:
         >>> make_lines("ocr", 0, 1, held_out=False)
-        ['a book cover with the title "Silver Library", at the edge of a forest']
+        ['a wooden board carved with "Silver Island", on a wooden pier']
     """
     if kind == "geneval":
         return [json.dumps(row) for row in make_geneval_prompts(seed, count=count, held_out=held_out)]

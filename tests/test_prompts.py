@@ -21,7 +21,7 @@ from reference.presets import preset
 from reference.prompt_files import Prompt
 from reference.prompts import Pool, held_out_prompts, prompts_of_epoch, read_prompts, training_pool, world_prompts
 from reference.scoring import plain_prompts
-from reference.world.scenes import is_held_out
+from reference.splits import is_held_out
 
 
 def write(tmp_path: Path, text: str) -> Path:

@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 
+from reference.splits import HELD_OUT_SHARE, is_held_out
 from reference.world.render import (
     GLYPH_HEIGHT,
     GLYPH_WIDTH,
@@ -24,7 +25,6 @@ from reference.world.render import (
 )
 from reference.world.scenes import (
     COLOURS,
-    HELD_OUT_SHARE,
     KINDS,
     LETTERS,
     MAX_TOKENS,
@@ -34,7 +34,6 @@ from reference.world.scenes import (
     VOCABULARY,
     Objects,
     Scene,
-    is_held_out,
     parse,
     prompt_of,
     random_scene,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reference.config import PretrainConfig, SimilarityConfig
+from reference.splits import is_held_out
 from reference.world import pretrain as pretrain_module
 from reference.world import similarity as similarity_module
 from reference.world.model import (
@@ -27,7 +28,7 @@ from reference.world.model import (
 )
 from reference.world.pretrain import batch, muon_step, pretrain
 from reference.world.render import INK, ink_mask, render
-from reference.world.scenes import KINDS, MAX_TOKENS, Scene, is_held_out, parse
+from reference.world.scenes import KINDS, MAX_TOKENS, Scene, parse
 from reference.world.similarity import DualEncoder, load_dual_encoder, train_dual_encoder
 
 SHORT = PretrainConfig(steps=6, batch=2, save_every=3)

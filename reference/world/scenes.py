@@ -1,11 +1,12 @@
-"""Scenes and their prompts: the grammar in both directions, tokens, random scenes, and which prompts are held out."""
+"""Scenes and their prompts: the grammar in both directions, tokens, and random scenes."""
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from dataclasses import dataclass
+
+from reference.splits import is_held_out
 
 SHAPES = ("circle", "square", "triangle")
 COLOURS = ("red", "green", "blue", "yellow")
@@ -16,7 +17,6 @@ LETTERS = "ACEHKLNOSTUX"
 TEXT_LENGTHS = (2, 3)
 KINDS = ("single", "count", "pair", "text", "object and text")
 
-HELD_OUT_SHARE = 0.2
 MAX_TOKENS = 10
 # A letter's token names its slot in the word as well, so that the prompt encoder needs no notion of order.
 VOCABULARY = (
@@ -142,12 +142,6 @@ def tokens(prompt: str) -> list[int]:
     if len(ids) > MAX_TOKENS:
         raise ValueError(f"prompt: expected at most {MAX_TOKENS} tokens, got {len(ids)} in {prompt!r}.")
     return ids + [0] * (MAX_TOKENS - len(ids))
-
-
-def is_held_out(prompt: str) -> bool:
-    """Whether a prompt belongs to the fifth that no training sees: decided by a hash, so the same everywhere."""
-    digest = hashlib.sha256(prompt.encode()).digest()
-    return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
 
 
 def random_scene(rng: random.Random, kind: str, *, held_out: bool | None = None) -> Scene:
