@@ -25,11 +25,11 @@ from torch import Tensor
 
 from benchmarks.trainer import where_of
 from benchmarks.trainer_models import FULL, SMALL, Setup, build_transformer
-from reference.config import Config, ScoringConfig
-from reference.embeddings import add_prompts, open_embeddings
-from reference.made_prompts import make_lines
-from reference.plan import plan
-from reference.presets import preset
+from reference.config.presets import preset
+from reference.config.settings import Config, ScoringConfig
+from reference.policy.embeddings import add_prompts, open_embeddings
+from reference.prompts.made import make_lines
+from reference.run.plan import plan
 from reference.train import train
 
 with warnings.catch_warnings():
@@ -37,7 +37,7 @@ with warnings.catch_warnings():
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-    from reference.sd3 import embeddings_folder, locate
+    from reference.policy.sd3 import embeddings_folder, locate
 
 # vae/config.json of stabilityai/stable-diffusion-3.5-medium; the small one halves the image once
 _VAE: dict[str, Any] = {

@@ -4,8 +4,8 @@
     python -m benchmarks.trainer --full-size    # the architecture of Stable Diffusion 3.5 Medium, for one GPU of 80 GB
     python -m benchmarks.trainer --full-size --modes compiled --only step --only cycle --out trainer.json
 
-Weights are random: no download. A *step* is ``reference.balance.step_gradient`` on two micro-batches of ``--batch``
-rows (a row is an image at a timestep), gradient clipping, AdamW and the average of the weights. Its kinds:
+Weights are random: no download. A *step* is ``reference.step.balance.step_gradient`` on two micro-batches of
+``--batch`` rows (a row is an image at a timestep), gradient clipping, AdamW and the average of the weights. Its kinds:
 
     step/weighted-sum      one backward pass a micro-batch, whatever K
     step/shared K=..       a full harmonization (min-norm), all K gradients from one shared backward pass
@@ -40,8 +40,8 @@ import torch
 from benchmarks.timing import free, measure
 from benchmarks.trainer_models import FULL, SMALL, Setup, build, random_rows
 from benchmarks.trainer_steps import Kind, epoch, kinds, training
-from reference.config import LogConfig
-from reference.policy import Policy, compile_blocks, parameters
+from reference.config.settings import LogConfig
+from reference.policy.adapters import Policy, compile_blocks, parameters
 
 
 def chosen(only: list[str] | None) -> Iterator[list[Kind]]:

@@ -13,8 +13,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # deprecations at import
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
-    from reference.policy import Policy, add_lora, load_adapter, parameters
-    from reference.rows import Rows
+    from reference.policy.adapters import Policy, add_lora, load_adapter, parameters
+    from reference.step.gradients import Rows
 
 
 @dataclass(frozen=True)

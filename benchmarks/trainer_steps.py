@@ -11,11 +11,11 @@ from torch import Tensor
 
 from benchmarks.trainer_models import Setup
 from marble_core import ema_tree
-from reference.balance import Step, init_balance, step_gradient
-from reference.config import Config, LossConfig, Rule, SolveConfig, rule_of
-from reference.policy import Policy, active, merged, parameters, velocity
-from reference.rollout import sample, times
-from reference.rows import Rows
+from reference.config.settings import Config, LossConfig, Rule, SolveConfig, rule_of
+from reference.policy.adapters import Policy, active, merged, parameters, velocity
+from reference.step.balance import Step, init_balance, step_gradient
+from reference.step.gradients import Rows
+from reference.step.rollout import sample, times
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # deprecations at import

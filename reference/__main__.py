@@ -32,11 +32,11 @@ from reference.arguments import (
     Stress,
     Train,
 )
-from reference.config import Config, Preset, is_world, training_times
+from reference.config.checks import validate
+from reference.config.presets import preset
+from reference.config.settings import Config, Preset, is_world, training_times
+from reference.config.toml import from_toml
 from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
-from reference.presets import preset
-from reference.toml import from_toml
-from reference.validation import validate
 
 
 def train_arguments(argv: Sequence[str]) -> Train:
@@ -57,11 +57,11 @@ def train_command(argv: Sequence[str]) -> None:
     """``train``, or its plan."""
     arguments = train_arguments(argv)
     validate(arguments.settings)
-    from reference.inputs import prepare
+    from reference.run.inputs import prepare
     from reference.train import train
 
     if arguments.dry_run:
-        from reference.plan import plan
+        from reference.run.plan import plan
 
         if is_world(arguments.settings.model.base):
             prepare(arguments.settings)
@@ -94,7 +94,7 @@ def controls_command(argv: Sequence[str]) -> None:
 def report_command(argv: Sequence[str]) -> None:
     """``report``."""
     a = tyro.cli(Report, prog="python -m reference report", args=list(argv))
-    from reference.report import write_report
+    from reference.run.report import write_report
 
     if not a.run.is_dir():
         raise ConfigError(f"--run: expected the folder of a run, got {a.run}.")
@@ -166,7 +166,7 @@ def stress_command(argv: Sequence[str]) -> None:
 def generate_command(argv: Sequence[str]) -> None:
     """``generate``."""
     a = tyro.cli(Generate, prog="python -m reference generate", args=list(argv))
-    from reference.generate import generate_grid
+    from reference.run.generate import generate_grid
 
     found = generate_grid(
         a.run,
@@ -206,7 +206,7 @@ def evaluate_command(argv: Sequence[str]) -> None:
 def make_prompts_command(argv: Sequence[str]) -> None:
     """``make-prompts``."""
     a = tyro.cli(MakePrompts, prog="python -m reference make-prompts", args=list(argv))
-    from reference.made_prompts import write_prompts
+    from reference.prompts.made import write_prompts
 
     out = a.out or Path("prompts") / f"{a.kind}.{'jsonl' if a.kind == 'geneval' else 'txt'}"
     made, test = write_prompts(a.kind, out, a.seed, count=a.count, test_count=a.test_count)

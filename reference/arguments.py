@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from reference.config import Config, Preset, PretrainConfig, SimilarityConfig
-from reference.presets import preset
+from reference.config.presets import preset
+from reference.config.settings import Config, Preset, PretrainConfig, SimilarityConfig
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,15 @@ from marble_core import (
     old_policy_decay,
     soft_min_weights,
 )
-from reference import checkpoint
-from reference.balance import Step, StepResult, applied_coefficients, init_balance, is_finite, step_gradient
-from reference.base import Base
-from reference.batch import Rollout, advantages, images_of_steps, sample_epoch, step_rows, whole_step
-from reference.config import Config, Rule, refreshes_at, rule_of
-from reference.devices import tf32
-from reference.distributed import (
+from reference.config.checks import validate
+from reference.config.settings import Config, Rule, refreshes_at, rule_of
+from reference.errors import CheckpointError, ConfigError, Interrupted, PeerError, RewardError, TrainingError
+from reference.interfaces import Scores
+from reference.policy.adapters import Policy, adapter_state, load_adapter, parameters
+from reference.policy.base import Base
+from reference.policy.load import load_model
+from reference.processes.devices import tf32
+from reference.processes.peers import (
     World,
     any_of,
     check_equal,
@@ -38,22 +40,20 @@ from reference.distributed import (
     stop_on_interrupt,
     together,
 )
-from reference.errors import CheckpointError, ConfigError, Interrupted, PeerError, RewardError, TrainingError
-from reference.estimate import Tree
-from reference.evaluate import generator
-from reference.held_out import evaluate_held_out
-from reference.inputs import Inputs, prepare
-from reference.live import Live, check_trackers
-from reference.model import load_model
-from reference.policy import Policy, adapter_state, load_adapter, parameters
-from reference.progress import Progress, gains_of, init_progress, update_progress
-from reference.prompts import all_prompts
-from reference.report import write_report
-from reference.rows import Rows, Whole
-from reference.scoring import Scores
-from reference.state import Run, State, open_run, restore_state, save_state
-from reference.validation import validate
-from reference.watch import end_epoch, init_health, observe_step
+from reference.prompts.pool import all_prompts
+from reference.run import checkpoint
+from reference.run.held_out import evaluate_held_out
+from reference.run.inputs import Inputs, prepare
+from reference.run.live import Live, check_trackers
+from reference.run.report import write_report
+from reference.run.state import Run, State, open_run, restore_state, save_state
+from reference.run.watch import end_epoch, init_health, observe_step
+from reference.step.balance import Step, StepResult, applied_coefficients, init_balance, is_finite, step_gradient
+from reference.step.batch import Rollout, advantages, images_of_steps, sample_epoch, step_rows, whole_step
+from reference.step.estimate import Tree
+from reference.step.gains import Progress, gains_of, init_progress, update_progress
+from reference.step.generation import generator
+from reference.step.gradients import Rows, Whole
 
 _MAX_SKIPPED = 10  # steps in a row without a finite gradient
 _NOT_FINITE = (

@@ -22,9 +22,14 @@ from marble_core import (
     min_norm_weights,
     nft_loss,
 )
-from reference import balance as balance_module
-from reference import rows as rows_module
-from reference.balance import (
+from reference.config.settings import BUILT_IN_RULES, Config, LossConfig, Rule, SolveConfig, rule_of
+from reference.config.toml import from_toml
+from reference.errors import TrainingError
+from reference.policy.adapters import Policy, active, adapter_state, add_lora, load_adapter, parameters, velocity
+from reference.processes.peers import World
+from reference.step import balance as balance_module
+from reference.step import gradients as rows_module
+from reference.step.balance import (
     Balance,
     Step,
     StepResult,
@@ -34,13 +39,8 @@ from reference.balance import (
     solve,
     step_gradient,
 )
-from reference.config import BUILT_IN_RULES, Config, LossConfig, Rule, SolveConfig, rule_of
-from reference.distributed import World
-from reference.errors import TrainingError
-from reference.estimate import Signal, Tree
-from reference.policy import Policy, active, adapter_state, add_lora, load_adapter, parameters, velocity
-from reference.rows import Rows, Whole, micro_batches
-from reference.toml import from_toml
+from reference.step.estimate import Signal, Tree
+from reference.step.gradients import Rows, Whole, micro_batches
 
 K, B = 3, 7
 LOSS = LossConfig(beta=0.5, kl_weight=0.0)
@@ -267,7 +267,7 @@ def only_the_first(gram: Tensor) -> Tensor:
 
 def test_a_rule_of_ones_own(policy: Policy, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     found: Callable[..., Tensor] = only_the_first
-    monkeypatch.setattr("reference.balance.load_callable", lambda path, argument: found)
+    monkeypatch.setattr("reference.step.balance.load_callable", lambda path, argument: found)
     own = rule("somebody.rules:only_the_first", SolveConfig(rho=0.0))
     result = take(policy, rows, own)
     assert result.balance.coefficients.weights.tolist() == [1.0, 0.0, 0.0]

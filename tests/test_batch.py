@@ -7,15 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-from reference.base import load_base
-from reference.batch import Rollout, advantages, group_of, images_of_steps, step_rows, whole_step
-from reference.config import Config, OptimConfig, RolloutConfig, training_times
-from reference.distributed import ALONE, World, share_of
-from reference.presets import preset
-from reference.prompts import world_prompts
-from reference.rollout import times
-from reference.rows import halves, micro_batches
-from reference.scoring import Scores, plain_prompts
+from reference.config.presets import preset
+from reference.config.settings import Config, OptimConfig, RolloutConfig, training_times
+from reference.interfaces import Scores, plain_prompts
+from reference.policy.base import load_base
+from reference.processes.peers import ALONE, World, share_of
+from reference.prompts.pool import world_prompts
+from reference.step.batch import Rollout, advantages, group_of, images_of_steps, step_rows, whole_step
+from reference.step.gradients import halves, micro_batches
+from reference.step.rollout import times
 
 ROLLOUT = RolloutConfig(prompts_per_epoch=5, images_per_prompt=4, steps=6)
 CONFIG = dataclasses.replace(preset("tiny"), rollout=ROLLOUT, rewards=("text", "jpeg"))

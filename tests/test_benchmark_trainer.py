@@ -15,8 +15,8 @@ from benchmarks import trainer, trainer_steps
 from benchmarks.timing import Timing, measure
 from benchmarks.trainer_models import FULL, SMALL, Setup, build, build_transformer, random_rows
 from benchmarks.trainer_steps import LOSS, kinds, transcription
-from reference.balance import Step, init_balance, step_gradient
-from reference.policy import compile_blocks, parameters, target_layers
+from reference.policy.adapters import compile_blocks, parameters, target_layers
+from reference.step.balance import Step, init_balance, step_gradient
 
 TINY = dataclasses.replace(
     SMALL,

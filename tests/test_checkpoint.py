@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from reference.checkpoint import latest, load, rng_state, save, set_rng_state
 from reference.errors import CheckpointError
+from reference.run.checkpoint import latest, load, rng_state, save, set_rng_state
 
 STATE: dict[str, Any] = {
     "step": 3,

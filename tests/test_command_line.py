@@ -13,11 +13,11 @@ import pytest
 
 from reference import __main__ as command_line
 from reference.__main__ import COMMANDS, main, train_arguments
-from reference.config import BUILT_IN_RULES
+from reference.config.presets import preset
+from reference.config.settings import BUILT_IN_RULES
+from reference.config.toml import from_toml
 from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
-from reference.plan import plan
-from reference.presets import preset
-from reference.toml import from_toml
+from reference.run.plan import plan
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"]])

@@ -14,14 +14,14 @@ import pytest
 from scipy import stats
 
 from reference.__main__ import main
-from reference.config import Config, LogConfig, SolveConfig, rule_of
+from reference.config.presets import preset
+from reference.config.settings import Config, LogConfig, SolveConfig, rule_of
+from reference.config.toml import to_toml
 from reference.errors import ConfigError, TrainingError
 from reference.experiments import comparison
 from reference.experiments.compare import Screening, compare, plan_runs, screened
 from reference.experiments.comparison import finished, read_run, rows_a_solve
 from reference.experiments.statistics import Array, crossed_interval, percentile, smallest, student
-from reference.presets import preset
-from reference.toml import to_toml
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = Config(epochs=2, rewards=("text", "jpeg"), log=LogConfig(watch=("objects",), eval_prompts=3, eval_images=2))

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 import pytest
 
-from reference.config import (
+from reference.config.checks import validate
+from reference.config.presets import preset
+from reference.config.settings import (
     BUILT_IN_RULES,
     WORLD_REWARDS,
     Config,
@@ -25,11 +27,9 @@ from reference.config import (
     rule_of,
     training_times,
 )
+from reference.config.toml import from_toml, to_toml
 from reference.errors import ConfigError
-from reference.presets import preset
-from reference.scorer import load_rewards
-from reference.toml import from_toml, to_toml
-from reference.validation import validate
+from reference.rewards.scorer import load_rewards
 
 PRESETS: tuple[Preset, ...] = typing.get_args(Preset)
 

@@ -7,8 +7,8 @@ import contextlib
 import pytest
 import torch
 
-from reference.devices import device_of, tf32
 from reference.errors import ConfigError
+from reference.processes.devices import device_of, tf32
 
 
 def test_auto_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

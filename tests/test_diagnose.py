@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from reference.__main__ import main
-from reference.config import Config, LogConfig, rule_of
+from reference.config.presets import preset
+from reference.config.settings import Config, LogConfig, rule_of
+from reference.config.toml import to_toml
 from reference.errors import ConfigError
 from reference.experiments.bank import Bank, Indices
 from reference.experiments.diagnose import RULES, curve, diagnose, direction, limits, signal_of
-from reference.presets import preset
-from reference.toml import to_toml
 from reference.train import train
 
 K, P, UNITS, HELD_OUT = 2, 300, 64, 40

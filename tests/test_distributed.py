@@ -23,18 +23,31 @@ from PIL import Image
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor
 
-from reference import balance, checkpoint, distributed, sharding
 from reference import train as train_module
-from reference.base import Base
-from reference.batch import images_of_steps
-from reference.config import Config, SolveConfig
-from reference.distributed import ALONE, World, check_equal, check_peers, connect, gather_rows, meet, share_of, together
+from reference.config.presets import preset
+from reference.config.settings import Config, SolveConfig
 from reference.errors import ConfigError, Interrupted, PeerError, TrainingError
-from reference.evaluate import first_images, noise_of
-from reference.model import load_model
-from reference.policy import Policy
-from reference.presets import preset
-from reference.sharding import can_shard, shard_base
+from reference.policy import sharding
+from reference.policy.adapters import Policy
+from reference.policy.base import Base
+from reference.policy.load import load_model
+from reference.policy.sharding import can_shard, shard_base
+from reference.processes import peers as distributed
+from reference.processes.peers import (
+    ALONE,
+    World,
+    check_equal,
+    check_peers,
+    connect,
+    gather_rows,
+    meet,
+    share_of,
+    together,
+)
+from reference.run import checkpoint
+from reference.step import balance
+from reference.step.batch import images_of_steps
+from reference.step.generation import first_images, noise_of
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6

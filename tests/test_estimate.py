@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from marble_core import cross_gram, gram_matrix, psd_part
-from reference.config import Config, Rule, SolveConfig, rule_of
-from reference.estimate import Estimate, Signal, Tree, init_estimate, observe
+from reference.config.settings import Config, Rule, SolveConfig, rule_of
+from reference.step.estimate import Estimate, Signal, Tree, init_estimate, observe
 
 K, P = 3, 40
 SIGNALS = torch.tensor([[0.3, 0.0, 0.1], [0.0, 0.2, -0.1], [0.0, 0.0, 0.0]], dtype=torch.float64)

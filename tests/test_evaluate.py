@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference.base import load_base
-from reference.config import Config
+from reference.config.presets import preset
+from reference.config.settings import Config
 from reference.errors import ConfigError
-from reference.evaluate import evaluate, generate_batches, generator, prompt_means
 from reference.experiments.controls import controls, held_out_gain
 from reference.experiments.demo import RULES, demo, findings
 from reference.experiments.records import records
-from reference.policy import Adapter, active, adapter_state, add_lora, load_adapter
-from reference.presets import preset
-from reference.prompts import world_prompts
-from reference.scorer import Scorer, load_rewards
-from reference.scoring import Scores, plain_prompts
+from reference.interfaces import Scores, plain_prompts
+from reference.policy.adapters import Adapter, active, adapter_state, add_lora, load_adapter
+from reference.policy.base import load_base
+from reference.prompts.pool import world_prompts
+from reference.rewards.scorer import Scorer, load_rewards
+from reference.step.generation import evaluate, generate_batches, generator, prompt_means
 from reference.world.accuracy import accuracy
 
 NAN = float("nan")

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from reference import checkpoint
 from reference.__main__ import main
-from reference.config import Config, LogConfig, ModelConfig
+from reference.config.presets import preset
+from reference.config.settings import Config, LogConfig, ModelConfig
+from reference.config.toml import to_toml
 from reference.errors import ConfigError
 from reference.experiments.evaluation import evaluate_run, prompts_of, reward_names, with_strict
 from reference.experiments.paper import composite, paper_table
@@ -30,11 +31,10 @@ from reference.experiments.summary import (
     standings,
     write_csv,
 )
-from reference.model import load_model
-from reference.policy import adapter_state
-from reference.presets import preset
-from reference.scoring import Scores
-from reference.toml import to_toml
+from reference.interfaces import Scores
+from reference.policy.adapters import adapter_state
+from reference.policy.load import load_model
+from reference.run import checkpoint
 from reference.train import train
 
 NAN = float("nan")
@@ -115,7 +115,7 @@ def test_stable_diffusion_3_with_files_of_several_kinds(
     )
     (tmp_path / "mine_of_this_test.py").write_text(
         "import torch\n"
-        "from reference.scoring import Scores\n"
+        "from reference.interfaces import Scores\n"
         "def size(images, prompts, metadata):\n"
         "    known = ['ocr' in m for m in metadata]\n"
         "    return Scores(torch.tensor([float(len(m.get('ocr', ''))) for m in metadata]), torch.tensor(known))\n",

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from reference.errors import ConfigError
-from reference.geneval_prompts import (
+from reference.prompts.geneval import (
     CLASSES,
     COLOURS,
     TASKS,

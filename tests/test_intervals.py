@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from reference.intervals import Interval, change, interval, verdict, wilson
+from reference.run.intervals import Interval, change, interval, verdict, wilson
 
 NAN = math.nan
 

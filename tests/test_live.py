@@ -12,9 +12,9 @@ import torch
 from accelerate.tracking import LoggerType
 from PIL import Image
 
-from reference import live as live_module
 from reference.errors import ConfigError
-from reference.live import Live, check_trackers, save_grid
+from reference.run import live as live_module
+from reference.run.live import Live, check_trackers, save_grid
 
 
 def test_records_are_json_and_not_a_number_is_null(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from reference.__main__ import main
 from reference.errors import ConfigError
-from reference.made_prompts import make_lines, write_prompts
-from reference.prompt_files import read_source
+from reference.prompts.files import read_source
+from reference.prompts.made import make_lines, write_prompts
 
 KINDS = ("general", "ocr", "geneval")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from marble_core import gram_matrix
-from reference.config import Config, rule_of
+from reference.config.checks import validate
+from reference.config.settings import Config, rule_of
+from reference.config.toml import from_toml
 from reference.experiments.peers import upgrad
-from reference.toml import from_toml
-from reference.validation import validate
 
 
 def test_upgrad_by_hand() -> None:

@@ -8,7 +8,7 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from reference.policy import (
+from reference.policy.adapters import (
     ATTENTION,
     Adapter,
     Policy,
@@ -21,7 +21,7 @@ from reference.policy import (
     velocity,
     weights_of,
 )
-from reference.rollout import Sampler, sample, times
+from reference.step.rollout import Sampler, sample, times
 
 
 def transformer() -> SD3Transformer2DModel:

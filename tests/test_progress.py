@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference import progress
-from reference.progress import _STEP, Progress, gains_of, init_progress, last_gain, update_progress
-from reference.scoring import Scores
+from reference.interfaces import Scores
+from reference.step import gains as progress
+from reference.step.gains import _STEP, Progress, gains_of, init_progress, last_gain, update_progress
 
 
 def scores(*columns: list[float], on: list[list[bool]] | None = None) -> Scores:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from reference.errors import ConfigError
-from reference.geneval_prompts import make_geneval_prompts
-from reference.prompt_files import Prompt, mixture_of_epoch, parse_spec, passes, read_mixture, read_source
+from reference.interfaces import Prompt
+from reference.prompts.files import mixture_of_epoch, parse_spec, passes, read_mixture, read_source
+from reference.prompts.geneval import make_geneval_prompts
 
 ROW = {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}
 

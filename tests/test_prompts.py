@@ -12,15 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference.config import Config, RolloutConfig
+from reference.config.presets import preset
+from reference.config.settings import Config, RolloutConfig
 from reference.errors import ConfigError
-from reference.geneval_prompts import TASKS
-from reference.inputs import prepare
-from reference.made_prompts import write_prompts
-from reference.presets import preset
-from reference.prompt_files import Prompt
-from reference.prompts import Pool, held_out_prompts, prompts_of_epoch, read_prompts, training_pool, world_prompts
-from reference.scoring import plain_prompts
+from reference.interfaces import Prompt, plain_prompts
+from reference.prompts.geneval import TASKS
+from reference.prompts.made import write_prompts
+from reference.prompts.pool import Pool, held_out_prompts, prompts_of_epoch, read_prompts, training_pool, world_prompts
+from reference.run.inputs import prepare
 from reference.splits import is_held_out
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib
 import pytest
 
-from reference.report import reward_table, write_comparison, write_report
+from reference.run.report import reward_table, write_comparison, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n not a real image, but nobody decodes it"
 ORDER = [

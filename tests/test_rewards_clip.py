@@ -17,8 +17,8 @@ from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from reference.errors import ConfigError
+from reference.interfaces import Reward
 from reference.rewards import aesthetic, clip, clipscore, hpsv2, pickscore
-from reference.scoring import Reward
 
 CPU = torch.device("cpu")
 SIZE = 32

@@ -22,7 +22,8 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerForU
 from transformers.models.swin.configuration_swin import SwinConfig
 
 from reference.errors import ConfigError
-from reference.geneval_prompts import CLASSES, COLOURS
+from reference.interfaces import Scores
+from reference.prompts.geneval import CLASSES, COLOURS
 from reference.rewards.clip import load_clip
 from reference.rewards.detector import Detection, instances, load_detector, prepare
 from reference.rewards.geneval import (
@@ -37,7 +38,6 @@ from reference.rewards.geneval import (
     reward_of,
     strict,
 )
-from reference.scoring import Scores
 
 CPU = torch.device("cpu")
 H = W = 32

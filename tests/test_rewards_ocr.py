@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from reference.errors import ConfigError
+from reference.interfaces import Scores
 from reference.rewards.ocr import load, reward_of, text_score
-from reference.scoring import Scores
 
 CPU = torch.device("cpu")
 

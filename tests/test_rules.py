@@ -21,9 +21,9 @@ from marble_core.rules import (
     uniform,
     weighted_sum,
 )
-from reference.balance import applied_coefficients, init_balance, refreshed, solve
-from reference.config import Config, rule_of
-from reference.estimate import Signal, shrunk
+from reference.config.settings import Config, rule_of
+from reference.step.balance import applied_coefficients, init_balance, refreshed, solve
+from reference.step.estimate import Signal, shrunk
 
 K = 4
 RULES: dict[str, Rule] = {

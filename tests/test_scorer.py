@@ -13,13 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference import scorer as scorer_module
-from reference import scoring
-from reference.config import Config, ScoringConfig
+from reference import interfaces as scoring
+from reference.config.settings import Config, ScoringConfig
 from reference.errors import ConfigError, RewardError
-from reference.prompt_files import Prompt
-from reference.scorer import Scorer, load_rewards, score_images, scorer_of, sources_of
-from reference.scoring import Scores, plain_prompts, score
+from reference.interfaces import Prompt, Scores, plain_prompts, score
+from reference.rewards import scorer as scorer_module
+from reference.rewards.scorer import Scorer, load_rewards, score_images, scorer_of, sources_of
 
 CPU = torch.device("cpu")
 

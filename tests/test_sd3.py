@@ -19,16 +19,13 @@ from huggingface_hub import errors as hub
 from safetensors.torch import load_file
 from torch import Tensor
 
-from reference import checkpoint, sd3
 from reference.__main__ import main, train_arguments
-from reference.balance import Step, init_balance, step_gradient
-from reference.base import Base
-from reference.batch import Rollout, advantages, step_rows
-from reference.config import Config, ModelConfig, SolveConfig, rule_of
+from reference.config.presets import preset
+from reference.config.settings import Config, ModelConfig, SolveConfig, rule_of
 from reference.errors import ConfigError
-from reference.evaluate import generate_batches
-from reference.model import load_model
-from reference.policy import (
+from reference.interfaces import Scores, plain_prompts
+from reference.policy import sd3
+from reference.policy.adapters import (
     Adapter,
     Policy,
     adapter_state,
@@ -38,10 +35,14 @@ from reference.policy import (
     velocity,
     weights_of,
 )
-from reference.presets import preset
+from reference.policy.base import Base
+from reference.policy.load import load_model
 from reference.quiet import quiet_libraries
-from reference.rows import Rows
-from reference.scoring import Scores, plain_prompts
+from reference.run import checkpoint
+from reference.step.balance import Step, init_balance, step_gradient
+from reference.step.batch import Rollout, advantages, step_rows
+from reference.step.generation import generate_batches
+from reference.step.gradients import Rows
 
 CPU = torch.device("cpu")
 Refresh = Callable[[str, bool], tuple[Policy, dict[str, Tensor]]]

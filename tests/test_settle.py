@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from reference.__main__ import main
-from reference.config import Config
+from reference.config.presets import preset
+from reference.config.settings import Config
 from reference.errors import ConfigError
 from reference.experiments.settle import RULES, SUM, Setting, directions, gradients, open_bench, settle, stepped
 from reference.experiments.settle_tables import tables
-from reference.policy import adapter_state
-from reference.presets import preset
+from reference.policy.adapters import adapter_state
 
 SETTING = Setting(prompts=2, sizes=(0.3, 0.0), images=2)
 

@@ -18,15 +18,19 @@ import torch
 from torch import Tensor
 
 from marble_core import SharedRows, shared_cotangent_rows
-from reference import balance, checkpoint, rows, scorer, scoring
-from reference import state as state_module
+from reference import interfaces as scoring
 from reference import train as train_module
-from reference.config import Config, SolveConfig
+from reference.config.presets import preset
+from reference.config.settings import Config, SolveConfig
+from reference.config.toml import to_toml
 from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
-from reference.policy import Policy, velocity
-from reference.presets import preset
-from reference.scoring import Scores
-from reference.toml import to_toml
+from reference.interfaces import Scores
+from reference.policy.adapters import Policy, velocity
+from reference.rewards import scorer
+from reference.run import checkpoint
+from reference.run import state as state_module
+from reference.step import balance
+from reference.step import gradients as rows
 from reference.train import train
 
 ROOT = Path(__file__).resolve().parents[1]

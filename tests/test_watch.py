@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from reference.watch import Health, end_epoch, init_health, observe_step
+from reference.run.watch import Health, end_epoch, init_health, observe_step
 
 
 def epochs(lengths: list[tuple[float, float, float]], health: Health | None = None) -> list[list[str]]:

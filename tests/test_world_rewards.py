@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reference.errors import RewardError
-from reference.prompt_files import Prompt
-from reference.scoring import Scores, load_callable, plain_prompts, score
+from reference.interfaces import Prompt, Scores, load_callable, plain_prompts, score
 from reference.world import render as render_module
 from reference.world import rewards
 from reference.world.accuracy import accuracy

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from reference.config import PretrainConfig, SimilarityConfig
+from reference.config.settings import PretrainConfig, SimilarityConfig
 from reference.splits import is_held_out
 from reference.world import pretrain as pretrain_module
 from reference.world import similarity as similarity_module

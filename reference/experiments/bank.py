@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reference.balance import Step, init_balance, signal_weights
-from reference.base import Base
-from reference.batch import advantages, sample_epoch, step_rows
-from reference.config import Config, SolveConfig, rule_of, training_times
-from reference.inputs import prepare
-from reference.model import load_model
-from reference.policy import Policy, load_adapter
-from reference.progress import Progress, gains_of
-from reference.prompts import Pool, all_prompts, pool_of
-from reference.rows import all_rows
-from reference.scorer import Scorer
-from reference.state import newest
+from reference.config.settings import Config, SolveConfig, rule_of, training_times
+from reference.policy.adapters import Policy, load_adapter
+from reference.policy.base import Base
+from reference.policy.load import load_model
+from reference.prompts.pool import Pool, all_prompts, pool_of
+from reference.rewards.scorer import Scorer
+from reference.run.inputs import prepare
+from reference.run.state import newest
+from reference.step.balance import Step, init_balance, signal_weights
+from reference.step.batch import advantages, sample_epoch, step_rows
+from reference.step.gains import Progress, gains_of
+from reference.step.gradients import all_rows
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Indices = np.ndarray[Any, np.dtype[np.int64]]

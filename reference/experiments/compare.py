@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-from reference.config import Config
+from reference.config.checks import validate
+from reference.config.settings import Config
+from reference.config.toml import from_toml, to_toml
 from reference.errors import ConfigError, TrainingError
 from reference.experiments.comparison import finished, judged_by, write_tables
-from reference.inputs import prepare
-from reference.state import begun
-from reference.toml import from_toml, to_toml
-from reference.validation import validate
+from reference.run.inputs import prepare
+from reference.run.state import begun
 
 
 def plan_runs(settings: Config, rules: Sequence[str], seeds: int, folder: Path) -> dict[str, list[Config]]:

@@ -12,11 +12,11 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from reference.config import Config, rule_of, training_times
+from reference.config.settings import Config, rule_of, training_times
+from reference.config.toml import to_toml
 from reference.errors import ConfigError
 from reference.experiments.records import number, records
 from reference.experiments.statistics import Array, Estimate, crossed_interval, percentile, smallest, student
-from reference.toml import to_toml
 
 _PENS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from reference.config import Config
+from reference.config.settings import Config
 from reference.experiments.records import number, records
-from reference.intervals import Interval, change
-from reference.state import begun
+from reference.run.intervals import Interval, change
+from reference.run.state import begun
 from reference.train import train
 
 

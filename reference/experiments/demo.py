@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from reference.config import Config
+from reference.config.settings import Config
 from reference.experiments.compare import train_all
 from reference.experiments.records import number, records
 from reference.experiments.statistics import Array, percentile, smallest
-from reference.intervals import Interval, interval, verdict
-from reference.report import write_comparison
+from reference.run.intervals import Interval, interval, verdict
+from reference.run.report import write_comparison
 
 RULES = ("weighted-sum", "noise-aware", "soft-min")
 

@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from marble_core import min_norm_weights, psd_part, soft_min_weights
-from reference.balance import solve
-from reference.config import Config, Rule, SolveConfig, rule_of
+from reference.config.checks import validate
+from reference.config.settings import Config, Rule, SolveConfig, rule_of
 from reference.errors import ConfigError
-from reference.estimate import Signal, shrunk
 from reference.experiments import tilt
 from reference.experiments.bank import Array, Bank, Indices, collect
-from reference.validation import validate
+from reference.step.balance import solve
+from reference.step.estimate import Signal, shrunk
 
 _BLOCKS = 10  # of the jackknife
 _PARTITIONS = 8  # of the training units into batches

@@ -13,21 +13,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reference.base import Base
-from reference.config import WORLD_REWARDS, Config, is_world
-from reference.devices import tf32
+from reference.config.settings import REWARDS, WORLD_REWARDS, Config, is_world
 from reference.errors import ConfigError
-from reference.evaluate import generate_batches, generator, prompt_means
 from reference.experiments.paper import paper_table
 from reference.experiments.summary import Evaluation, Judged, analyse, as_json, as_markdown, write_csv
-from reference.model import load_model
-from reference.policy import Adapter, Policy, weights_of
-from reference.prompt_files import Prompt
-from reference.prompts import all_prompts, held_out_prompts, repeated_prompts, training_pool
-from reference.rewards import REWARDS
-from reference.scorer import Scorer, score_images, scorer_of
-from reference.scoring import Scores
-from reference.state import load_run
+from reference.interfaces import Prompt, Scores
+from reference.policy.adapters import Adapter, Policy, weights_of
+from reference.policy.base import Base
+from reference.policy.load import load_model
+from reference.processes.devices import tf32
+from reference.prompts.pool import all_prompts, held_out_prompts, repeated_prompts, training_pool
+from reference.rewards.scorer import Scorer, score_images, scorer_of
+from reference.run.state import load_run
+from reference.step.generation import generate_batches, generator, prompt_means
 
 STRICT = "geneval_strict"  # GenEval's own 0 or 1: where the graded reward is 1
 

@@ -28,22 +28,22 @@ from marble_core import (
     signal_gram,
     soft_min_weights,
 )
-from reference.balance import Step, init_balance, signal_weights
-from reference.base import Base
-from reference.batch import advantages, sample_epoch, step_rows
-from reference.config import Config, Rule, SolveConfig, rule_of
+from reference.config.settings import Config, Rule, SolveConfig, rule_of
 from reference.errors import ConfigError
-from reference.estimate import Tree
-from reference.evaluate import evaluate, prompt_means, within_std
 from reference.experiments.peers import upgrad
-from reference.inputs import Inputs, prepare
-from reference.intervals import change
-from reference.model import load_model
-from reference.policy import Policy, adapter_state, load_adapter
-from reference.progress import Progress, gains_of
-from reference.prompts import all_prompts
-from reference.rows import Rows, all_rows, part_of
-from reference.state import newest
+from reference.policy.adapters import Policy, adapter_state, load_adapter
+from reference.policy.base import Base
+from reference.policy.load import load_model
+from reference.prompts.pool import all_prompts
+from reference.run.inputs import Inputs, prepare
+from reference.run.intervals import change
+from reference.run.state import newest
+from reference.step.balance import Step, init_balance, signal_weights
+from reference.step.batch import advantages, sample_epoch, step_rows
+from reference.step.estimate import Tree
+from reference.step.gains import Progress, gains_of
+from reference.step.generation import evaluate, prompt_means, within_std
+from reference.step.gradients import Rows, all_rows, part_of
 
 _OTHER_SEED = 2000  # so that no batch is one that the run was trained on
 _FRESH = 100_000  # the number of the batch that all directions are compared with

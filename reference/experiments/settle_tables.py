@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from reference.experiments.settle import SUM
-from reference.intervals import interval, wilson
+from reference.run.intervals import interval, wilson
 
 _NEAR_ZERO = 1e-3  # a shorter direction of unit gradients counts as none
 _NEGLECTED = 0.02  # a smaller share of the coefficients counts as neglect

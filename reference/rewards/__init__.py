@@ -1,12 +1,1 @@
 """Rewards for images of real models, one file each: ``load(device, source)`` gives the reward of its file."""
-
-REWARDS: tuple[str, ...] = (
-    "pickscore",
-    "hpsv2",
-    "clipscore",
-    "ocr",
-    "geneval",
-    "aesthetic",
-    "imagereward",
-    "unifiedreward",
-)

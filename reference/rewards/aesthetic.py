@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from reference.errors import ConfigError
+from reference.interfaces import Reward
 from reference.rewards.clip import CLIP_L, embed_images, load_checkpoint, load_clip, load_head, scoring
-from reference.scoring import Reward
 
 MODEL = CLIP_L
 HEAD = "sac+logos+ava1-l14-linearMSE.pth"

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reference.interfaces import Reward
 from reference.rewards.clip import CLIP_L, cosines, load_clip, normalize, quantize, resize_and_crop
-from reference.scoring import Reward
 
 MODEL = CLIP_L
 _SCALE = 100.0

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentation
 
 from reference.errors import ConfigError
-from reference.geneval_prompts import CLASSES
+from reference.prompts.geneval import CLASSES
 from reference.rewards.clip import load_pretrained, quantize
 
 MODEL = "facebook/mask2former-swin-small-coco-instance"

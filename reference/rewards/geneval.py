@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reference.geneval_prompts import CLASSES, COLOURS, MAX_COUNT
+from reference.interfaces import Reward, Scores
+from reference.prompts.geneval import CLASSES, COLOURS, MAX_COUNT
 from reference.rewards.clip import CLIP_L, Clip, clip_pixels, embed_images, embed_texts, load_clip, quantize, scoring
 from reference.rewards.detector import MODEL, Detection, Detector, load_detector
-from reference.scoring import Reward, Scores
 
 Box = Sequence[float]  # left, top, right, bottom
 # (row, objects found of each class, boxes of all, colours of those whose colour matters) -> score

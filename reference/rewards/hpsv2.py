@@ -22,6 +22,7 @@ from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from reference.errors import ConfigError
+from reference.interfaces import Reward
 from reference.rewards.clip import (
     CLIP_H,
     Clip,
@@ -33,7 +34,6 @@ from reference.rewards.clip import (
     normalize,
     quantize,
 )
-from reference.scoring import Reward
 
 MODEL = "xswu/HPSv2"
 CHECKPOINT = "HPS_v2.1_compressed.pt"

@@ -25,6 +25,7 @@ from transformers.models.blip.configuration_blip import BlipConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
+from reference.interfaces import Reward
 from reference.rewards.clip import (
     BATCH,
     clip_pixels,
@@ -35,7 +36,6 @@ from reference.rewards.clip import (
     load_weights,
     scoring,
 )
-from reference.scoring import Reward
 
 MODEL = "THUDM/ImageReward"
 CHECKPOINT = "ImageReward.pt"

@@ -14,7 +14,7 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
 from reference.errors import ConfigError
-from reference.scoring import Reward, Scores
+from reference.interfaces import Reward, Scores
 
 # From an image [H, W, 3], uint8, in the order blue, green, red, to the pieces of text in it.
 Reader = Callable[[NDArray[np.uint8]], Sequence[str]]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reference.interfaces import Reward
 from reference.rewards.clip import CLIP_H, cosines, load_clip
-from reference.scoring import Reward
 
 MODEL = "yuvalkirstain/PickScore_v1"
 _SCALE = 26.0  # brings scores near 1, as the training code of the field has them

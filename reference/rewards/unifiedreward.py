@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from reference.errors import ConfigError, RewardError
-from reference.scoring import Reward
+from reference.interfaces import Reward
 
 URL, KEY = "MARBLE_UNIFIEDREWARD_URL", "MARBLE_UNIFIEDREWARD_KEY"  # environment variables
 

@@ -7,7 +7,7 @@ import random
 import torch
 from torch import Tensor
 
-from reference.scoring import plain_prompts, score
+from reference.interfaces import plain_prompts, score
 from reference.world.model import token_ids
 from reference.world.render import render
 from reference.world.rewards import REWARDS, dual_encoder

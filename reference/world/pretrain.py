@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from marble_core import ema_tree
-from reference.config import PretrainConfig
+from reference.config.settings import PretrainConfig
 from reference.world.model import PromptEncoder, encode_images, log_line, new_transformer, save_base, token_ids
 from reference.world.render import ink_mask, render
 from reference.world.scenes import KINDS, prompt_of, random_scene

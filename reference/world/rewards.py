@@ -13,7 +13,7 @@ from PIL import Image
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
-from reference.scoring import Reward, Scores
+from reference.interfaces import Reward, Scores
 from reference.world.model import WEIGHTS, token_ids
 from reference.world.readers import Detection, detect, read_text
 from reference.world.scenes import Objects, Scene, parse

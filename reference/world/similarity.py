@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reference.config import SimilarityConfig
+from reference.config.settings import SimilarityConfig
 from reference.world.model import log_line, token_ids
 from reference.world.render import render
 from reference.world.scenes import KINDS, MAX_TOKENS, VOCABULARY, Scene, prompt_of, random_scene

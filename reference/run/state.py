@@ -13,19 +13,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils import _pytree as pytree
 
-from reference import checkpoint
-from reference.balance import Balance
-from reference.base import Base
-from reference.config import Config, LogConfig, Rule, ScoringConfig
-from reference.distributed import World
+from reference.config.settings import Config, LogConfig, Rule, ScoringConfig
+from reference.config.toml import from_toml, to_toml
 from reference.errors import CheckpointError, ConfigError
-from reference.estimate import Tree
-from reference.inputs import Inputs
-from reference.live import Live
-from reference.policy import Policy, adapter_state, load_adapter, lora_layers
-from reference.progress import Progress
-from reference.toml import from_toml, to_toml
-from reference.watch import Health
+from reference.policy.adapters import Policy, adapter_state, load_adapter, lora_layers
+from reference.policy.base import Base
+from reference.processes.peers import World
+from reference.run import checkpoint
+from reference.run.inputs import Inputs
+from reference.run.live import Live
+from reference.run.watch import Health
+from reference.step.balance import Balance
+from reference.step.estimate import Tree
+from reference.step.gains import Progress
 
 LORA = "pytorch_lora_weights.safetensors"
 VERSION = 2  # of the checkpoint format

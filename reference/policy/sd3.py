@@ -26,10 +26,17 @@ from huggingface_hub.errors import (
 )
 from torch import Tensor
 
-from reference.base import Base
-from reference.config import ModelConfig
-from reference.embeddings import Embeddings, Encode, add_prompts, missing_prompts, open_embeddings, read_embeddings
+from reference.config.settings import ModelConfig
 from reference.errors import ConfigError
+from reference.policy.base import Base
+from reference.policy.embeddings import (
+    Embeddings,
+    Encode,
+    add_prompts,
+    missing_prompts,
+    open_embeddings,
+    read_embeddings,
+)
 
 T = TypeVar("T")
 

@@ -19,8 +19,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from reference.intervals import Interval, change, interval, verdict, wilson
-from reference.watch import LONGER
+from reference.run.intervals import Interval, change, interval, verdict, wilson
+from reference.run.watch import LONGER
 
 _EVAL, _TRAINING, _APPLIED = ("eval", "rewards"), ("epoch", "rewards"), ("step", "coefficients")
 _SMOOTHED, _NORMS, _SECONDS = ("refresh", "smoothed"), ("refresh", "norms"), ("epoch", "seconds")

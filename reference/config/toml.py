@@ -11,7 +11,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from reference.config import Config
+from reference.config.settings import Config
 from reference.errors import ConfigError
 from reference.text_files import read_text
 

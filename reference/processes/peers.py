@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.utils import _pytree as pytree
 
-from reference.devices import device_of
 from reference.errors import ConfigError, PeerError, TrainingError
+from reference.processes.devices import device_of
 
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from reference.config import (
+from reference.config.settings import (
     Config,
     LogConfig,
     LossConfig,

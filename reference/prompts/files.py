@@ -9,11 +9,11 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from reference.errors import ConfigError
-from reference.geneval_prompts import check_row
+from reference.interfaces import Prompt
+from reference.prompts.geneval import check_row
 from reference.text_files import prompt_lines
 
 T = TypeVar("T")
@@ -24,17 +24,6 @@ _QUOTED = re.compile(
     "\u00ab([^\u00bb]*)\u00bb|\u00bb([^\u00ab]*)\u00ab|\u2039([^\u203a]*)\u203a|\u300c([^\u300d]*)\u300d|\u300e([^\u300f]*)\u300f|"
     r"\u2018((?:[^\u2018\u2019]|\u2019(?=\w))*)\u2019(?!\w)|\uff02([^\uff02]*)\uff02"
 )
-
-
-class Prompt(NamedTuple):
-    """A prompt; what its source knows about it; and the names of the rewards that apply to it, None for all.
-
-    ``metadata["ocr"]`` is the text to be seen in the image, ``metadata["geneval"]`` a row of a GenEval file.
-    """
-
-    text: str
-    metadata: Mapping[str, Any] = MappingProxyType({})
-    rewards: tuple[str, ...] | None = None
 
 
 class Spec(NamedTuple):

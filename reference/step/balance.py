@@ -24,13 +24,13 @@ from marble_core import (
     shrink_to_prior,
 )
 from marble_core.rules import Smoothed, follow
-from reference.config import FROM_PRIOR, SOLVERS, LossConfig, Rule
-from reference.distributed import ALONE, all_reduce
+from reference.config.settings import FROM_PRIOR, SOLVERS, LossConfig, Rule
 from reference.errors import TrainingError
-from reference.estimate import Estimate, Signal, Tree, init_estimate, observe
-from reference.policy import Policy
-from reference.rows import Rows, Weigh, Whole, all_rows, halves, joined, one_gradient
-from reference.scoring import load_callable, place_of
+from reference.interfaces import load_callable, place_of
+from reference.policy.adapters import Policy
+from reference.processes.peers import ALONE, all_reduce
+from reference.step.estimate import Estimate, Signal, Tree, init_estimate, observe
+from reference.step.gradients import Rows, Weigh, Whole, all_rows, halves, joined, one_gradient
 
 
 class Balance(NamedTuple):

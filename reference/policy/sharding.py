@@ -9,9 +9,9 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from reference.distributed import World
 from reference.errors import ConfigError
-from reference.policy import Policy
+from reference.policy.adapters import Policy
+from reference.processes.peers import World
 
 
 def can_shard() -> bool:

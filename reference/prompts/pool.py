@@ -9,11 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from reference.config import Config, is_world
+from reference.config.settings import REWARDS, Config, is_world
 from reference.errors import ConfigError
-from reference.prompt_files import Prompt, mixture_of_epoch, passes, read_mixture
-from reference.rewards import REWARDS
-from reference.scoring import plain_prompts
+from reference.interfaces import Prompt, plain_prompts
+from reference.prompts.files import mixture_of_epoch, passes, read_mixture
 from reference.text_files import prompt_lines
 from reference.world.scenes import KINDS, prompt_of, random_scene, tokens
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reference.scoring import Scores
+from reference.interfaces import Scores
 
 _ROUNDING = 2.0**-20  # a spread below this share of the rewards themselves is float32's rounding, not a spread
 _STEP = 0.1  # standard deviations by which a gain may change in an epoch, before anything is seen

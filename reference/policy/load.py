@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from reference.base import Base, load_base
-from reference.config import Config, is_world
-from reference.devices import device_of
-from reference.distributed import ALONE, World, first_on_machine
-from reference.policy import Policy, add_lora, compile_blocks
-from reference.sharding import shard_base
+from reference.config.settings import Config, is_world
+from reference.policy.adapters import Policy, add_lora, compile_blocks
+from reference.policy.base import Base, load_base
+from reference.policy.sharding import shard_base
+from reference.processes.devices import device_of
+from reference.processes.peers import ALONE, World, first_on_machine
 
 
 def load_model(config: Config, prompts: Sequence[str], world: World = ALONE) -> tuple[Base, Policy]:
@@ -36,7 +36,7 @@ def load_model(config: Config, prompts: Sequence[str], world: World = ALONE) -> 
             from reference.quiet import quiet_libraries  # seconds of imports, which the small world does without
 
             with quiet_libraries():
-                from reference.sd3 import load_sd3
+                from reference.policy.sd3 import load_sd3
 
                 base = load_sd3(m, prompts, device)
     dtype = torch.bfloat16 if m.precision == "bf16" else None

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-from reference.config import Config, Rule, is_world, pulls, refreshes_at, rule_of, training_times
+from reference.config.settings import Config, Rule, is_world, pulls, refreshes_at, rule_of, training_times
+from reference.config.toml import to_toml
 from reference.errors import ConfigError
-from reference.model import load_model
-from reference.policy import parameters, target_layers, velocity
-from reference.prompts import all_prompts, held_out_prompts, training_pool
-from reference.toml import to_toml
+from reference.policy.adapters import parameters, target_layers, velocity
+from reference.policy.load import load_model
+from reference.prompts.pool import all_prompts, held_out_prompts, training_pool
 
 _BYTES = 4  # float32
 
@@ -106,7 +106,7 @@ def _time(config: Config, work: _Work, forward: float, train: float) -> dict[str
 
 def _stable_diffusion(config: Config) -> dict[str, str]:
     """Lines about a model and prompts that may not be here yet."""
-    from reference.sd3 import empty_transformer  # seconds of imports, which the small world does without
+    from reference.policy.sd3 import empty_transformer  # seconds of imports, which the small world does without
 
     lines: dict[str, str] = {}
     try:

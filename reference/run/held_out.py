@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from reference.evaluate import evaluate, first_images, prompt_means, within_std
-from reference.intervals import interval
-from reference.live import save_grid
-from reference.state import Run, State
+from reference.run.intervals import interval
+from reference.run.live import save_grid
+from reference.run.state import Run, State
+from reference.step.generation import evaluate, first_images, prompt_means, within_std
 
 
 def evaluate_held_out(run: Run, state: State, name: str) -> None:

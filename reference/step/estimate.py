@@ -21,7 +21,7 @@ from marble_core import (
     update_gram_ema,
     update_moments,
 )
-from reference.config import Rule
+from reference.config.settings import Rule
 
 Tree = dict[str, Tensor]
 _SHARE_DECAY = 0.9  # of the averages behind signal shares: about 19 refreshes

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from reference.devices import tf32
-from reference.evaluate import generate_batches, generator
-from reference.live import save_grid
-from reference.model import load_model
-from reference.policy import Adapter, weights_of
-from reference.prompts import held_out_prompts
-from reference.state import load_run
+from reference.policy.adapters import Adapter, weights_of
+from reference.policy.load import load_model
+from reference.processes.devices import tf32
+from reference.prompts.pool import held_out_prompts
+from reference.run.live import save_grid
+from reference.run.state import load_run
+from reference.step.generation import generate_batches, generator
 
 
 def generate_grid(

@@ -10,6 +10,7 @@ import traceback
 import urllib.error
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +18,20 @@ import torch
 from torch import Tensor
 
 from reference.errors import ConfigError, RewardError
-from reference.prompt_files import Prompt
 
 _WAITS = (1.0, 2.0, 4.0)  # seconds before a reward whose connection failed is tried again
 _CLIENTS = ("requests", "urllib3", "httpx", "httpcore", "aiohttp", "openai", "grpc")
+
+
+class Prompt(NamedTuple):
+    """A prompt; what its source knows about it; and the names of the rewards that apply to it, None for all.
+
+    ``metadata["ocr"]`` is the text to be seen in the image, ``metadata["geneval"]`` a row of a GenEval file.
+    """
+
+    text: str
+    metadata: Mapping[str, Any] = MappingProxyType({})
+    rewards: tuple[str, ...] | None = None
 
 
 class Scores(NamedTuple):

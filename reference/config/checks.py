@@ -7,9 +7,10 @@ import difflib
 import math
 from collections.abc import Sequence
 
-from reference.config import (
+from reference.config.settings import (
     BUILT_IN_RULES,
     FROM_PRIOR,
+    REWARDS,
     WORLD_REWARDS,
     Config,
     Rule,
@@ -19,7 +20,6 @@ from reference.config import (
     training_times,
 )
 from reference.errors import ConfigError
-from reference.rewards import REWARDS
 
 
 def validate(config: Config) -> None:

@@ -11,6 +11,16 @@ Preset = Literal["world", "world-conflict", "demo", "tiny", "sd35m", "sd35m-sing
 BUILT_IN_RULES = ("soft-min", "marble", "marble-paper", "noise-aware", "weighted-sum", "uniform")
 SOLVERS = ("min-norm", "noise-aware", "cone", "prior")
 FROM_PRIOR = ("noise-aware", "cone", "prior")  # they take the prior and return coefficients of the raw gradients
+REWARDS: tuple[str, ...] = (
+    "pickscore",
+    "hpsv2",
+    "clipscore",
+    "ocr",
+    "geneval",
+    "aesthetic",
+    "imagereward",
+    "unifiedreward",
+)  # those of real models, a file each in reference/rewards/
 WORLD_REWARDS = ("objects", "objects_strict", "text", "similarity", "colour", "jpeg", "sharpness", "contrast")
 
 

@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from marble_core import group_advantages
-from reference.base import Base
-from reference.config import Config, training_times
-from reference.distributed import ALONE, World, share_of
-from reference.evaluate import gather_scores, generate_batches, generator, noise_of
-from reference.policy import Policy
-from reference.prompt_files import Prompt
-from reference.prompts import Pool, prompts_of_epoch
-from reference.rollout import times
-from reference.rows import Rows, Whole
-from reference.scorer import Scorer, score_images
-from reference.scoring import Scores
+from reference.config.settings import Config, training_times
+from reference.interfaces import Prompt, Scores
+from reference.policy.adapters import Policy
+from reference.policy.base import Base
+from reference.processes.peers import ALONE, World, share_of
+from reference.prompts.pool import Pool, prompts_of_epoch
+from reference.rewards.scorer import Scorer, score_images
+from reference.step.generation import gather_scores, generate_batches, generator, noise_of
+from reference.step.gradients import Rows, Whole
+from reference.step.rollout import times
 
 
 class Rollout(NamedTuple):

@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from reference.base import Base
-from reference.distributed import ALONE, World, check_peers, gather_rows, meet, share_of
-from reference.policy import Adapter, Policy, merged, velocity, weights_of
-from reference.prompt_files import Prompt
-from reference.rollout import Sampler, sample
-from reference.scorer import Scorer, score_images
-from reference.scoring import Scores
+from reference.interfaces import Prompt, Scores
+from reference.policy.adapters import Adapter, Policy, merged, velocity, weights_of
+from reference.policy.base import Base
+from reference.processes.peers import ALONE, World, check_peers, gather_rows, meet, share_of
+from reference.rewards.scorer import Scorer, score_images
+from reference.step.rollout import Sampler, sample
 
 _ROWS = 256  # of noise drawn at a time
 

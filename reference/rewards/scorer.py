@@ -10,12 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reference.config import Config
-from reference.devices import device_of
+from reference.config.settings import REWARDS, Config
 from reference.errors import ConfigError
-from reference.prompt_files import Prompt
-from reference.rewards import REWARDS
-from reference.scoring import Reward, Scores, load_callable, score
+from reference.interfaces import Prompt, Reward, Scores, load_callable, score
+from reference.processes.devices import device_of
 from reference.world.rewards import REWARDS as WORLD
 
 _WAITING = 4  # chunks of images that may wait to be scored before sampling does

@@ -7,12 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from reference.config import SOLVERS, Config, rule_of
+from reference.config.settings import SOLVERS, Config, rule_of
 from reference.errors import ConfigError
-from reference.prompt_files import Prompt
-from reference.prompts import Pool, all_prompts, held_out_prompts, repeated_prompts, training_pool
-from reference.scorer import Scorer, scorer_of
-from reference.scoring import load_callable
+from reference.interfaces import Prompt, load_callable
+from reference.prompts.pool import Pool, all_prompts, held_out_prompts, repeated_prompts, training_pool
+from reference.rewards.scorer import Scorer, scorer_of
 
 
 class Inputs(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from reference.errors import ConfigError
-from reference.geneval_prompts import make_geneval_prompts
+from reference.prompts.geneval import make_geneval_prompts
 from reference.splits import is_held_out
 
 # fmt: off

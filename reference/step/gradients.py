@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from marble_core import affine_terms, branch_losses, interpolation, shared_cotangent_rows
-from reference.config import LossConfig, Rule, pulls
-from reference.distributed import ALONE, World, all_reduce, check_peers, meet
-from reference.estimate import Tree
-from reference.policy import Policy, active, merged, parameters, velocity
+from reference.config.settings import LossConfig, Rule, pulls
+from reference.policy.adapters import Policy, active, merged, parameters, velocity
+from reference.processes.peers import ALONE, World, all_reduce, check_peers, meet
+from reference.step.estimate import Tree
 
 # From advantages [B, K] and those of the weighted sum [B] to the weight of each row's reward part [B].
 Weigh = Callable[[Tensor, Tensor], Tensor]

@@ -1,0 +1,1 @@
+"""What a run is told: settings, presets, files, and checks of them."""

@@ -1,0 +1,1 @@
+"""Prompts: sources, files of the field, and made ones."""

@@ -1,0 +1,1 @@
+"""A run around its steps: state, checkpoints, records, evaluations, reports."""
