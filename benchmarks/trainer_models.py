@@ -124,4 +124,15 @@ def random_rows(setup: Setup, B: int, K: int, device: torch.device) -> Rows:
     t = torch.linspace(0.05, 1.0, B, device=device)
     prompt = torch.arange(B, device=device)
     half = (prompt >= B // 2).long()
-    return Rows(normal(*shape), normal(*shape), t, embeds, pooled, normal(B, K), normal(B), half, prompt)
+    return Rows(
+        normal(*shape),
+        normal(*shape),
+        t,
+        embeds,
+        pooled,
+        normal(B, K),
+        normal(B),
+        half,
+        prompt,
+        torch.ones(B, device=device),
+    )

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from benchmarks.trainer_models import Setup
-from marble_core import ema_tree
-from reference.config.settings import Config, LossConfig, Rule, SolveConfig, rule_of
+from marble_core import ema_tree, shared_cotangent_rows
+from reference.config.settings import Config, LossConfig
 from reference.policy.adapters import Policy, active, merged, parameters, velocity
+from reference.processes.peers import ALONE
+from reference.step import gradients
 from reference.step.balance import Step, init_balance, step_gradient
-from reference.step.gradients import Rows
+from reference.step.gradients import Rows, Whole
+from reference.step.method import Method, method_of
 from reference.step.rollout import sample, times
 
 with warnings.catch_warnings():
@@ -40,16 +45,16 @@ class Kind(NamedTuple):
     group: str
     name: str
     K: int
-    rule: Rule | None
+    rule: Method | None
     every: int
     steps: int = 1
 
 
 def kinds() -> list[Kind]:
     """All that can be timed, the important first."""
-    weighted, full = _rule("weighted-sum"), _rule("marble")
+    weighted = _rule("weighted-sum")
     found = [Kind("step", "weighted-sum", 5, weighted, 0), Kind("step", "transcription", 5, None, 0)]
-    found += [Kind("step", f"shared K={K}", K, full, 1) for K in (5, 16, 64)]
+    found += [Kind("step", f"shared K={K}", K, _rule("marble", K), 1) for K in (5, 16, 64)]
     found += [Kind("cycle", "weighted-sum", 5, weighted, 0, CYCLE)]
     found += [Kind("cycle", "soft-min", 5, _rule("soft-min"), 0, CYCLE)]
     for name in ("marble-paper", "marble", "soft-min"):
@@ -60,14 +65,14 @@ def kinds() -> list[Kind]:
     ]
     for name in ("marble-paper", "marble", "soft-min"):
         found.append(Kind("epochs", f"{name} N={CYCLE}", 5, _rule(name), CYCLE, CYCLE))
-    found += [Kind("epoch", "weighted-sum", 5, weighted, 0), Kind("epoch", "shared K=5", 5, full, 1)]
+    found += [Kind("epoch", "weighted-sum", 5, weighted, 0), Kind("epoch", "shared K=5", 5, _rule("marble"), 1)]
     found += [Kind("epoch", "transcription", 5, None, 0), Kind("k-pass", "weighted-sum", 5, weighted, 0)]
-    return found + [Kind("k-pass", f"k-pass K={K}", K, _rule("marble", "k_pass"), 1) for K in (5, 16, 64)]
+    return found + [Kind("k-pass", f"k-pass K={K}", K, _rule("marble", K), 1) for K in (5, 16, 64)]
 
 
-def _rule(name: str, rows: str = "shared") -> Rule:
-    """A rule of the trainer by name."""
-    return rule_of(Config(balance=name, solve=SolveConfig(rows=rows)))  # type: ignore[arg-type]
+def _rule(name: str, K: int = 5) -> Method:
+    """A rule of the trainer by name, for K rewards."""
+    return method_of(Config(balance=name, rewards=tuple(map(str, range(K)))))
 
 
 def transcription(policy: Policy, rows: Rows, loss: LossConfig, micro_batch: int) -> dict[str, Tensor]:
@@ -119,7 +124,9 @@ def one_step(policy: Policy, rows: Rows, kind: Kind, setup: Setup) -> Callable[[
     trained = parameters(policy)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-6)
     start = None if kind.rule is None else init_balance(kind.K, kind.rule, trained)
-    prior = torch.full((kind.K,), 1 / kind.K, dtype=torch.float64)
+    nothing, B = torch.full((kind.K,), torch.nan, dtype=torch.float64), rows.x0.shape[0]
+    whole = Whole(ALONE, int((rows.half == 0).sum()), B)
+    separate = functools.partial(shared_cotangent_rows, fallback="all") if kind.group == "k-pass" else None
     average = {name: p.detach().clone() for name, p in trained.items()}
     balance = start
 
@@ -131,8 +138,10 @@ def one_step(policy: Policy, rows: Rows, kind: Kind, setup: Setup) -> Callable[[
                 gradient = transcription(policy, rows, LOSS, setup.batch)
         else:
             refresh = kind.every > 0 and i % kind.every == 0
-            step = Step(refresh, prior=prior, metric=None, previous=None)
-            result = step_gradient(policy, rows, balance, kind.rule, LOSS, step, micro_batch=setup.batch)
+            step = Step(refresh, nothing, nothing, None, setup.batch, whole)
+            patch = mock.patch.object(gradients, "shared_cotangent_rows", separate or shared_cotangent_rows)
+            with patch:  # K passes in place of the shared one
+                result = step_gradient(policy, rows, balance, kind.rule, LOSS, step)
             gradient, balance = result.gradient, result.balance
         for name, p in trained.items():
             p.grad = gradient[name]

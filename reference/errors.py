@@ -25,3 +25,13 @@ class PeerError(TrainingError):
 
 class Interrupted(Exception):
     """The user asked to stop; everything is saved."""
+
+
+def with_the_way_on(error: Exception, step: int) -> Exception:
+    """An error with how to go on after it; what is not the trainer's own becomes one of its errors."""
+    go_on = f"The state of step {step} is saved: go on with --resume."
+    if isinstance(error, Interrupted | PeerError | ConfigError | CheckpointError):
+        return error
+    if isinstance(error, RewardError | TrainingError):
+        return type(error)(f"{error} {go_on}" if str(error).endswith(".") else f"{error}. {go_on}")
+    return TrainingError(f"training stopped by {type(error).__name__}: {error}. {go_on}")

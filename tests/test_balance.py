@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+import functools
+from typing import Any
 
 import pytest
 import torch
@@ -21,26 +20,21 @@ from marble_core import (
     interpolation,
     min_norm_weights,
     nft_loss,
+    shared_cotangent_rows,
+    soft_min_weights,
 )
-from reference.config.settings import BUILT_IN_RULES, Config, LossConfig, Rule, SolveConfig, rule_of
-from reference.config.toml import from_toml
-from reference.errors import TrainingError
+from marble_core.rules import Evidence, soft_min
+from reference.config.settings import BUILT_IN_RULES, Config, LossConfig, SolveConfig
+from reference.errors import ConfigError, TrainingError
 from reference.policy.adapters import Policy, active, adapter_state, add_lora, load_adapter, parameters, velocity
-from reference.processes.peers import World
+from reference.processes.peers import ALONE, World
 from reference.step import balance as balance_module
 from reference.step import gradients as rows_module
-from reference.step.balance import (
-    Balance,
-    Step,
-    StepResult,
-    applied_coefficients,
-    init_balance,
-    is_finite,
-    solve,
-    step_gradient,
-)
-from reference.step.estimate import Signal, Tree
-from reference.step.gradients import Rows, Whole, micro_batches
+from reference.step.balance import Balance, Step, StepResult, init_balance, is_finite, step_gradient
+from reference.step.batch import filled_up
+from reference.step.estimate import Tree
+from reference.step.gradients import PER_ROW, Rows, Whole, micro_batches
+from reference.step.method import Method, by_raw_sum, method_of, raw_sum_weights
 
 K, B = 3, 7
 LOSS = LossConfig(beta=0.5, kl_weight=0.0)
@@ -82,7 +76,7 @@ def some_rows(A_scale: float = 1.0) -> Rows:
     A = A_scale * torch.randn(B, K, generator=g, dtype=torch.float64)
     A_sum = A_scale * torch.randn(B, generator=g, dtype=torch.float64)
     half = (torch.arange(B) >= B // 2).long()
-    return Rows(x0, noise, t, embeds, pooled, A, A_sum, half, torch.arange(B))
+    return Rows(x0, noise, t, embeds, pooled, A, A_sum, half, torch.arange(B), torch.ones(B))
 
 
 @pytest.fixture(scope="module")
@@ -116,24 +110,27 @@ def plain_gradient(policy: Policy, rows: Rows, r: Tensor, loss: LossConfig = LOS
 def take(
     policy: Policy,
     rows: Rows,
-    rule: Rule,
+    method: Method,
     *,
     balance: Balance | None = None,
     loss: LossConfig = LOSS,
     refresh: bool = True,
     micro_batch: int = 3,
     previous: Tree | None = None,
-    prior: Tensor | None = None,
-    metric: Tree | None = None,
+    gains: Tensor | None = None,
+    whole: Whole | None = None,
+    raw_sum: Tensor | None = None,
 ) -> StepResult:
-    prior = torch.full((K,), 1 / K, dtype=torch.float64) if prior is None else prior
-    balance = balance or init_balance(K, rule, parameters(policy))
-    step = Step(refresh, prior, metric, previous)
-    return step_gradient(policy, rows, balance, rule, loss, step, micro_batch=micro_batch)
+    unknown = torch.full((K,), torch.nan, dtype=torch.float64)
+    balance = balance or init_balance(K, method, parameters(policy))
+    whole = whole or Whole(ALONE, int((rows.half == 0).sum()), len(rows.half))
+    raw_sum = raw_sum_weights(rows.A, rows.A_sum) if raw_sum is None else raw_sum
+    step = Step(refresh, unknown if gains is None else gains, raw_sum, previous, micro_batch, whole)
+    return step_gradient(policy, rows, balance, method, loss, step)
 
 
-def rule(balance: str = "marble", solve: SolveConfig | None = None) -> Rule:
-    return rule_of(Config(balance=balance, solve=solve or SolveConfig()))
+def rule(balance: str = "marble", solve: SolveConfig | None = None) -> Method:
+    return method_of(Config(balance=balance, solve=solve or SolveConfig(), rewards=("a", "b", "c")))
 
 
 def assert_trees(found: Tree, expected: Tree, tol: float = 1e-6) -> None:
@@ -176,12 +173,12 @@ def test_marble_paper_at_a_refresh_is_equations_4_to_8(policy: Policy, rows: Row
     found = take(policy, rows, rule("marble-paper"))
     torch.testing.assert_close(flat(found.gradient), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
     smoothed = 0.7 / K + 0.3 * alpha
-    torch.testing.assert_close(found.balance.coefficients.weights, smoothed, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.balance.rule.coefficients.weights, smoothed, rtol=0, atol=1e-6)
 
 
 def test_marble_paper_between_refreshes_combines_advantages(policy: Policy, rows: Rows) -> None:
     first = take(policy, rows, rule("marble-paper"))
-    alpha = first.balance.coefficients.weights
+    alpha = first.balance.rule.coefficients.weights
     found = take(policy, rows, rule("marble-paper"), balance=first.balance, refresh=False)
     assert_trees(found.gradient, plain_gradient(policy, rows, interpolation(rows.A @ alpha)))
 
@@ -209,28 +206,21 @@ def test_min_norm_balances_the_signal_and_adds_the_shared_part_once(policy: Poli
 def test_norm_corrected_coefficients_reproduce_the_refresh_in_one_pass(policy: Policy) -> None:
     rows = some_rows(A_scale=4.0)  # some advantages are clamped
     assert (rows.A.abs() > 5).any()
-    for switches in (SolveConfig(), SolveConfig(gradients="full"), SolveConfig(normalize=False, guard=0.0)):
-        first = take(policy, rows, rule("marble", switches))
-        again = take(policy, rows, rule("marble", switches), balance=first.balance, refresh=False)
+    for name in ("marble", "noise-aware", "cone", "reference.experiments.candidates:upgrad"):
+        first = take(policy, rows, rule(name))
+        again = take(policy, rows, rule(name), balance=first.balance, refresh=False)
         assert_trees(again.gradient, first.gradient)
-
-
-def test_without_normalization_the_weights_are_the_min_norm_point_of_the_raw_gradients(
-    policy: Policy, rows: Rows
-) -> None:
-    matrix = torch.stack([flat(x) for x in signal_gradients(policy, rows)[0]])
-    found = take(policy, rows, rule("marble", SolveConfig(normalize=False, guard=0.0, rho=0.0)))
-    w = min_norm_weights(matrix @ matrix.mT)
-    torch.testing.assert_close(found.balance.applied, w, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["soft-min", "marble", "marble-paper", "uniform"])
 @pytest.mark.parametrize("form", ["x0", "velocity"])
-def test_the_shared_pass_equals_k_passes(policy: Policy, rows: Rows, name: str, form: Any) -> None:
+def test_the_shared_pass_equals_k_passes(
+    policy: Policy, rows: Rows, name: str, form: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loss = dataclasses.replace(LOSS, form=form, kl_weight=0.1)
-    routes: tuple[Literal["shared", "k_pass"], ...] = ("shared", "k_pass")
-    shared, separate = (take(policy, rows, rule(name, SolveConfig(rows=route)), loss=loss) for route in routes)
-    assert_trees(shared.gradient, separate.gradient)
+    shared = take(policy, rows, rule(name), loss=loss)
+    monkeypatch.setattr(rows_module, "shared_cotangent_rows", functools.partial(shared_cotangent_rows, fallback="all"))
+    assert_trees(take(policy, rows, rule(name), loss=loss).gradient, shared.gradient)
 
 
 @pytest.mark.parametrize("name", ["soft-min", "marble", "marble-paper", "weighted-sum"])
@@ -247,8 +237,9 @@ def test_a_reward_without_signal_keeps_its_coefficient_and_moves_nobody(policy: 
     second = take(policy, silent, rule(), balance=first.balance)
     assert second.refresh is not None
     assert second.refresh["active"] == [True, False, True]
-    assert second.balance.norms[1] == first.balance.norms[1]
-    torch.testing.assert_close(second.balance.coefficients.weights[1], first.balance.coefficients.weights[1])
+    assert second.balance.rule.norms[1] == first.balance.rule.norms[1]
+    w, before = second.balance.rule.coefficients.weights, first.balance.rule.coefficients.weights
+    torch.testing.assert_close(w[1], before[1])
     assert is_finite(second.gradient)
 
 
@@ -256,7 +247,8 @@ def test_rewards_that_are_all_silent_change_nothing(policy: Policy, rows: Rows) 
     first = take(policy, rows, rule())
     silent = rows._replace(A=0 * rows.A)
     second = take(policy, silent, rule(), balance=first.balance)
-    assert torch.equal(second.balance.applied, first.balance.applied)
+    assert torch.equal(second.balance.rule.applied, first.balance.rule.applied)
+    assert torch.equal(second.coefficients, first.balance.rule.applied)
     assert_trees(second.gradient, plain_gradient(policy, rows, torch.full((B,), 0.5, dtype=torch.float64)))
 
 
@@ -265,12 +257,19 @@ def only_the_first(gram: Tensor) -> Tensor:
     return torch.eye(gram.shape[0], dtype=gram.dtype)[0]
 
 
-def test_a_rule_of_ones_own(policy: Policy, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: Callable[..., Tensor] = only_the_first
-    monkeypatch.setattr("reference.step.balance.load_callable", lambda path, argument: found)
-    own = rule("somebody.rules:only_the_first", SolveConfig(rho=0.0))
+def test_a_solver_of_ones_own_takes_the_place_of_the_min_norm_point(policy: Policy, rows: Rows) -> None:
+    own = rule(f"{__name__}:only_the_first", SolveConfig(rho=0.0))
     result = take(policy, rows, own)
-    assert result.balance.coefficients.weights.tolist() == [1.0, 0.0, 0.0]
+    assert result.balance.rule.coefficients.weights.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_a_whole_rule_of_ones_own(policy: Policy, rows: Rows) -> None:
+    """Every constructor with ``num_rewards`` will do, those of the core included."""
+    gains = torch.tensor([0.4, 0.0, 0.1], dtype=torch.float64)
+    own, named = (take(policy, rows, rule(name), gains=gains) for name in ("marble_core.rules:soft_min", "soft-min"))
+    torch.testing.assert_close(own.coefficients, named.coefficients)
+    assert torch.equal(own.coefficients, soft_min(K).update(soft_min(K).init(), Evidence(gains=gains))[1])
+    assert_trees(own.gradient, named.gradient)
 
 
 def test_cosines_of_this_batch_and_of_the_step_before(policy: Policy, rows: Rows) -> None:
@@ -292,15 +291,46 @@ def test_nothing_is_left_behind(policy: Policy, rows: Rows) -> None:
     take(policy, rows, rule(), balance=state, loss=dataclasses.replace(LOSS, kl_weight=0.1))
     assert {n: p.requires_grad for n, p in policy.model.named_parameters()} == flags
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in policy.model.named_parameters())
-    assert torch.equal(state.applied, init_balance(K, rule(), parameters(policy)).applied)
+    assert torch.equal(state.rule.applied, init_balance(K, rule(), parameters(policy)).rule.applied)
 
 
 def test_combining_in_r_is_exact_with_clamping(policy: Policy) -> None:
     rows = some_rows(A_scale=4.0)
     w = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-    state = init_balance(K, rule(), parameters(policy))._replace(applied=w)
+    state = init_balance(K, rule(), parameters(policy))
+    state = state._replace(rule=state.rule._replace(applied=w))
     found = take(policy, rows, rule(), balance=state, refresh=False).gradient
     assert_trees(found, plain_gradient(policy, rows, combine_interpolation(w, interpolation(rows.A))))
+
+
+@pytest.mark.parametrize("refresh", [True, False])
+def test_soft_min_is_a_weighted_mean_of_signals(policy: Policy, rows: Rows, refresh: bool) -> None:
+    gains, prior = torch.tensor([0.2, 0.0, 0.5], dtype=torch.float64), (0.6, 0.3, 0.1)
+    method = rule("soft-min", SolveConfig(prior=prior, strength=3.0, keep=0.2))
+    found = take(policy, rows, method, gains=gains, refresh=refresh)
+    w = soft_min_weights(gains, torch.tensor(prior, dtype=torch.float64), 3.0, keep=0.2)
+    assert_trees(found.gradient, plain_gradient(policy, rows, combine_interpolation(w, interpolation(rows.A))))
+    torch.testing.assert_close(found.coefficients, w)
+
+
+def test_the_cone_is_the_projection_of_the_priors_direction(policy: Policy, rows: Rows) -> None:
+    """Of the signals as the moments of both halves tell them: with halves that are alike, of this batch."""
+    prior = torch.tensor([0.1, 0.8, 0.1], dtype=torch.float64)
+    opposed = rows._replace(A=torch.stack([rows.A[:, 0], rows.A[:, 1], -rows.A[:, 1] + 0.3 * rows.A[:, 2]], 1))
+    twice = Rows(*(torch.cat([x, x]) for x in opposed))._replace(embeds=rows.embeds, pooled=rows.pooled)
+    twice = twice._replace(half=(torch.arange(2 * B) >= B).long())
+    cone = rule("cone", SolveConfig(prior=(0.1, 0.8, 0.1)))
+    first = take(policy, twice, cone)
+    h, prox = signal_gradients(policy, opposed)
+    c = cone_weights(gram_of(h), prior)
+    assert (c > prior).any()  # the prior's direction lowers the third
+    torch.testing.assert_close(first.coefficients, c, rtol=0, atol=1e-4)
+    expected = {n: prox[n] + sum(float(c[k]) * h[k][n] for k in range(K)) for n in prox}
+    assert_trees(first.gradient, expected, tol=1e-4)
+    assert_trees(take(policy, twice, cone, balance=first.balance, refresh=False).gradient, expected, tol=1e-4)
+    for k in range(K):
+        d = flat(first.gradient) - flat(prox)
+        assert float(d @ flat(h[k])) > -1e-5 * float(d.norm() * flat(h[k]).norm())
 
 
 def gram_of(trees: list[Tree]) -> Tensor:
@@ -309,66 +339,16 @@ def gram_of(trees: list[Tree]) -> Tensor:
 
 
 @pytest.mark.parametrize("refresh", [True, False])
-def test_the_prior_alone_is_a_weighted_mean_of_signals(policy: Policy, rows: Rows, refresh: bool) -> None:
-    prior = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
-    found = take(policy, rows, rule("soft-min"), prior=prior, refresh=refresh)
-    assert_trees(found.gradient, plain_gradient(policy, rows, combine_interpolation(prior, interpolation(rows.A))))
-    assert found.balance.applied.tolist() == [0.0] * K
-    assert applied_coefficients(rule("soft-min"), found.balance, prior).tolist() == prior.tolist()
-
-
-def test_the_cone_is_the_projection_of_the_priors_direction(policy: Policy, rows: Rows) -> None:
-    prior = torch.tensor([0.1, 0.8, 0.1], dtype=torch.float64)
-    opposed = rows._replace(A=torch.stack([rows.A[:, 0], rows.A[:, 1], -rows.A[:, 1] + 0.3 * rows.A[:, 2]], 1))
-    cone = rule("soft-min", SolveConfig(solver="cone"))
-    first = take(policy, opposed, cone, prior=prior)
-    h, prox = signal_gradients(policy, opposed)
-    c = cone_weights(gram_of(h), prior)
-    assert (c > prior).any()  # the prior's direction lowers the third
-    torch.testing.assert_close(first.balance.applied, c - prior, rtol=0, atol=1e-4)
-    expected = {n: prox[n] + sum(float(c[k]) * h[k][n] for k in range(K)) for n in prox}
-    assert_trees(first.gradient, expected, tol=1e-4)
-    later = take(policy, opposed, cone, prior=prior, balance=first.balance, refresh=False)
-    assert_trees(later.gradient, expected, tol=1e-4)
-    for k in range(K):
-        d = flat(first.gradient) - flat(prox)
-        assert float(d @ flat(h[k])) > -1e-5 * float(d.norm() * flat(h[k]).norm())
-
-
-def test_between_refreshes_the_cone_follows_the_prior(policy: Policy, rows: Rows) -> None:
-    cone = rule("soft-min", SolveConfig(solver="cone"))
-    state = take(policy, rows, cone).balance
-    other = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
-    torch.testing.assert_close(applied_coefficients(cone, state, other), other + state.applied)
-
-
-def test_one_refresh_shrinks_everything_to_the_prior(policy: Policy, rows: Rows) -> None:
-    """With one refresh no error is known, so that no signal can be told from zero."""
-    prior = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
-    found = take(policy, rows, rule("marble", SolveConfig(shrink=True, rho=0.0)), prior=prior)
-    torch.testing.assert_close(found.balance.coefficients.weights, prior)
-    h, _ = signal_gradients(policy, rows)
-    norms = torch.stack([flat(x).norm() for x in h])
-    torch.testing.assert_close(found.balance.applied, norms.mean() * prior / norms, rtol=1e-5, atol=0)
-
-
-def test_a_step_along_moments(policy: Policy, rows: Rows) -> None:
-    smooth = rule("marble", SolveConfig(gram="moments", step="moments", decay=0.5, rho=0.0, guard=0.0))
-    others = some_rows()._replace(A=rows.A.flip(0))
-    first = take(policy, others, smooth)
-    second = take(policy, rows, smooth, balance=first.balance)
-    (h, prox), (g, _) = signal_gradients(policy, rows), signal_gradients(policy, others)
-    m = [{n: (0.5 * x[n] + 0.25 * y[n]) / 0.75 for n in x} for x, y in zip(h, g, strict=True)]
-    c = harmonize(gram_of(m)).coefficients
-    assert_trees(second.gradient, {n: prox[n] + sum(float(c[k]) * m[k][n] for k in range(K)) for n in prox}, tol=1e-4)
-
-
-def test_the_metric_of_the_optimizer(policy: Policy, rows: Rows) -> None:
-    metric = {n: torch.linspace(0.1, 3.0, p.numel()).reshape(p.shape).double() for n, p in parameters(policy).items()}
-    found = take(policy, rows, rule("marble", SolveConfig(metric="adam", rho=0.0, guard=0.0)), metric=metric)
-    h, _ = signal_gradients(policy, rows)
-    c = harmonize(gram_of([{n: x[n] * metric[n].sqrt() for n in x} for x in h])).coefficients
-    torch.testing.assert_close(found.balance.applied, c, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("name", ["marble-paper", "marble", "uniform"])
+def test_rows_of_weight_0_count_for_nothing(policy: Policy, rows: Rows, name: str, refresh: bool) -> None:
+    loss = dataclasses.replace(LOSS, kl_weight=0.3)
+    more = filled_up(rows, 5, 6)
+    assert more.half.tolist() == [0] * 5 + [1] * 6
+    assert more.weight.tolist() == [1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0]
+    whole = Whole(ALONE, B // 2, B)
+    plain, filled = (take(policy, x, rule(name), loss=loss, refresh=refresh, whole=whole) for x in (rows, more))
+    assert_trees(filled.gradient, plain.gradient, 1e-9)
+    assert filled.metrics == pytest.approx(plain.metrics, rel=1e-9)
 
 
 def test_halves_with_one_image_are_the_whole(policy: Policy, rows: Rows) -> None:
@@ -392,7 +372,7 @@ def test_signal_shares_are_of_independent_halves(policy: Policy, rows: Rows) -> 
 
 
 def test_micro_batches_cover_every_row_once(rows: Rows) -> None:
-    parts = [part for part, counts in micro_batches(rows, 3) if counts]
+    parts = list(micro_batches(rows, 3))
     assert [len(part.t) for part in parts] == [3, 3, 1]
     for name in set(Rows._fields) - {"embeds", "pooled"}:
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(rows, name))
@@ -406,10 +386,8 @@ def test_shares_of_the_rows_that_are_added_up_make_the_same_step(
 ) -> None:
     """What each of three processes, one of them without rows, gives to the all-reduce is added up and given back."""
     loss, r = dataclasses.replace(LOSS, kl_weight=0.3), rule(name)
-    balance, prior = init_balance(K, r, parameters(policy)), torch.full((K,), 1 / K, dtype=torch.float64)
-    step = Step(refresh, prior, None, None)
-    alone = step_gradient(policy, rows, balance, r, loss, step, micro_batch=3)
-    per_row = [field for field in Rows._fields if field not in ("embeds", "pooled")]
+    balance, raw_sum = init_balance(K, r, parameters(policy)), raw_sum_weights(rows.A, rows.A_sum)
+    alone = take(policy, rows, r, balance=balance, loss=loss, refresh=refresh)
     whole = Whole(World(0, 3), int((rows.half == 0).sum()), B)
     given: list[object] = []
 
@@ -423,16 +401,17 @@ def test_shares_of_the_rows_that_are_added_up_make_the_same_step(
     for module in (balance_module, rows_module):
         monkeypatch.setattr(module, "all_reduce", give)
     for index in ([0, B - 1], [], list(range(1, B - 1))):
-        own = rows._replace(**{field: getattr(rows, field)[index] for field in per_row})
+        own = rows._replace(**{field: getattr(rows, field)[index] for field in PER_ROW})
         with pytest.raises(Given):
-            step_gradient(policy, own, balance, r, loss, step, micro_batch=3, whole=whole)
+            take(policy, own, r, balance=balance, loss=loss, refresh=refresh, whole=whole, raw_sum=raw_sum)
     total = pytree.tree_map(lambda *xs: torch.stack(xs).sum(0), *given)
     for module in (balance_module, rows_module):
         monkeypatch.setattr(module, "all_reduce", lambda tree, world: total)
-    result = step_gradient(policy, own, balance, r, loss, step, micro_batch=3, whole=whole)
+    result = take(policy, own, r, balance=balance, loss=loss, refresh=refresh, whole=whole, raw_sum=raw_sum)
     assert_trees(result.gradient, alone.gradient, 1e-9)
     assert result.metrics == pytest.approx(alone.metrics, rel=1e-9, nan_ok=True)
-    assert result.balance.applied.tolist() == pytest.approx(alone.balance.applied.tolist(), rel=1e-8)
+    for x, y in zip(pytree.tree_leaves(result.balance), pytree.tree_leaves(alone.balance), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-12, equal_nan=True)
     if refresh:
         assert result.refresh is not None
         assert alone.refresh is not None
@@ -442,29 +421,23 @@ def test_shares_of_the_rows_that_are_added_up_make_the_same_step(
 
 # --- what is logged is what was applied
 
-RULE_FILES = sorted((Path(__file__).parents[1] / "reference" / "experiments" / "rules").glob("*.toml"))
-EVERY_RULE = [*BUILT_IN_RULES, *(path.stem for path in RULE_FILES)]
-
-
-def named_rule(name: str) -> Rule:
-    files = {path.stem: path for path in RULE_FILES}
-    return rule_of(from_toml(files[name], Config()) if name in files else Config(balance=name))
+CANDIDATES = ("upgrad", "upgrad_halves", "min_norm_halves", "raw_min_norm_shrunk", "soft_min_cone", "noise_aware_soft")
+EVERY_RULE = [*BUILT_IN_RULES, *(f"reference.experiments.candidates:{name}" for name in CANDIDATES)]
 
 
 @pytest.mark.parametrize("name", EVERY_RULE)
 def test_the_coefficients_that_are_logged_made_the_gradient(policy: Policy, rows: Rows, name: str) -> None:
     """At a refresh and between two: the logged coefficients, times K gradients by brute force, and the shared part."""
-    r = dataclasses.replace(named_rule(name), refresh_every=2)
-    if r.kind == "weighted-sum":  # its advantages are a weighted sum of the others
+    method = rule(name)
+    if method.weigh is by_raw_sum:  # its advantages are a weighted sum of the others
         rows = rows._replace(A_sum=rows.A @ torch.tensor([0.5, 0.3, 0.2], dtype=rows.A.dtype))
     h, prox = signal_gradients(policy, rows)
-    prior = torch.tensor([1.0, 1.0, 1.0] if r.kind == "uniform" else [1.5, 0.9, 0.6], dtype=torch.float64) / 3
-    state = init_balance(K, r, parameters(policy))
+    gains = torch.tensor([0.0, 0.3, 0.5], dtype=torch.float64)
+    state = init_balance(K, method, parameters(policy))
     for refresh in (True, False):
-        found = take(policy, rows, r, balance=state, refresh=refresh, prior=prior)
+        found = take(policy, rows, method, balance=state, refresh=refresh, gains=gains)
         state, c = found.balance, found.coefficients
-        full = r.gradients == "full" and r.kind == "solve"
-        scale = float(c.sum()) if full and (refresh or r.amortize == "norm_corrected") else 1.0
+        scale = float(c.sum()) if method.full and refresh else 1.0
         expected = {n: scale * prox[n] + sum(float(c[k]) * h[k][n] for k in range(K)) for n in prox}
         assert_trees(found.gradient, expected, tol=1e-4)
         if found.refresh is not None:
@@ -487,6 +460,17 @@ def own_error(gram: Tensor) -> Tensor:
     raise KeyError("weights")
 
 
+def rule_shape(num_rewards: int) -> Any:
+    return soft_min(num_rewards + 1)._replace(update=lambda state, evidence: (state, torch.ones(num_rewards + 1)))
+
+
+def rule_error(num_rewards: int) -> Any:
+    def update(state: Any, evidence: Evidence) -> Any:
+        raise KeyError("weights")
+
+    return soft_min(num_rewards)._replace(update=update)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -494,11 +478,31 @@ def own_error(gram: Tensor) -> Tensor:
         ("own_list", r"expected a float tensor of K = 3 weights, got list"),
         ("own_nan", r"expected finite weights, got \[nan, nan, nan\]"),
         ("own_error", r"raised KeyError: 'weights' \(test_balance\.py, line \d+\)"),
+        ("rule_shape", r"expected a float tensor of K = 3 weights, got torch\.float32 \[4\]"),
+        ("rule_error", r"raised KeyError: 'weights' \(test_balance\.py, line \d+\)"),
     ],
 )
-def test_a_rule_of_one_s_own_that_fails_says_how(name: str, message: str) -> None:
-    rule = rule_of(Config(balance=f"{__name__}:{name}"))
-    gram, ones = torch.eye(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-    signal = Signal(gram, ones, ones, ones, ones, None, gram, gram)
+def test_a_rule_of_one_s_own_that_fails_says_how(policy: Policy, rows: Rows, name: str, message: str) -> None:
     with pytest.raises(TrainingError, match=f"balance '.*:{name}':? {message}"):
-        solve(rule, signal, ones / 3)
+        take(policy, rows, rule(f"{__name__}:{name}"))
+
+
+def no_rule(num_rewards: int) -> Any:
+    return [1.0] * num_rewards
+
+
+def raises(num_rewards: int) -> Any:
+    raise ValueError("no")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_rule", r"expected a marble_core\.rules\.Rule for num_rewards = 3, got list"),
+        ("raises", r"raised ValueError: no \(test_balance\.py, line \d+\)"),
+        ("nobody", "nobody"),
+    ],
+)
+def test_a_constructor_that_makes_no_rule_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        rule(f"{__name__}:{name}")

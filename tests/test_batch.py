@@ -11,10 +11,10 @@ from reference.config.presets import preset
 from reference.config.settings import Config, OptimConfig, RolloutConfig, training_times
 from reference.interfaces import Scores, plain_prompts
 from reference.policy.base import load_base
-from reference.processes.peers import ALONE, World, share_of
+from reference.processes.peers import World, share_of
 from reference.prompts.pool import world_prompts
-from reference.step.batch import Rollout, advantages, group_of, images_of_steps, step_rows, whole_step
-from reference.step.gradients import halves, micro_batches
+from reference.step.batch import Rollout, Weighed, advantages, group_of, images_of_steps, step_rows, whole_step
+from reference.step.gradients import PER_ROW, halves, micro_batches
 from reference.step.rollout import times
 
 ROLLOUT = RolloutConfig(prompts_per_epoch=5, images_per_prompt=4, steps=6)
@@ -70,28 +70,25 @@ def test_processes_that_share_a_base_all_run_the_passes_of_the_busiest() -> None
         for rank in range(3):
             own = share_of(N, World(rank, 3))
             mine = drawn._replace(x0=drawn.x0[own.start : own.stop], first=own.start)
-            rows = step_rows(base, mine, A, A_sum, index, config, 0, part)
-            assert len(rows.t) <= whole.most[2]
-            found = [
-                list(micro_batches(half, size, ALONE, most))
-                for half, most in [(rows, whole.most[2]), *((half, most) for half, _, most in halves(rows, whole))]
-            ]
-            assert sum(len(x.t) for x, counts in found[0] if counts) == len(rows.t)
-            idle = [x for each in found for x, counts in each if not counts]
-            assert all(len(x.t) == size and x.embeds is rows.embeds for x in idle)
-            passes.append([len(each) for each in found])
-            uneven += len(idle)
+            world = World(rank, 3, sharded=True)
+            rows = step_rows(base, Weighed(mine, A, A_sum, 0), index, config, part, world)
+            plain = step_rows(base, Weighed(mine, A, A_sum, 0), index, config, part, World(rank, 3))
+            counted = rows.weight == 1
+            for name in PER_ROW:
+                assert torch.equal(getattr(rows, name)[counted], getattr(plain, name))
+            parts = [rows, *(half for half, _ in halves(rows, whole))]
+            passes.append([len(list(micro_batches(part, size, world))) for part in parts])
+            uneven += int((~counted).sum())
         assert passes[0] == passes[1] == passes[2]
         assert whole.total == len(index) * J
     assert uneven > 0
-    assert whole_step(index, CONFIG, World(0, 3)).most == (0, 0, 0)
 
 
 def test_rows_of_a_step() -> None:
     base, drawn = load_base("world"), rollout()
     A, A_sum = advantages(drawn.scores, CONFIG)
     index = images_of_steps(N, CONFIG, epoch=0)[0]
-    rows = step_rows(base, drawn, A, A_sum, index, CONFIG, epoch=0, part=0)
+    rows = step_rows(base, Weighed(drawn, A, A_sum, 0), index, CONFIG, 0)
     J = CONFIG.loss.timesteps_per_image
     image = index.repeat_interleave(J)
     assert rows.x0.shape[0] == len(index) * J == rows.t.shape[0]
@@ -103,16 +100,16 @@ def test_rows_of_a_step() -> None:
     schedule = times(base.scheduler, CONFIG.rollout.steps)[: training_times(CONFIG)]
     assert torch.isin(rows.t, schedule).all()
     assert all(len(set(t.tolist())) == J for t in rows.t.reshape(-1, J))  # an image's timesteps differ
-    again = step_rows(base, drawn, A, A_sum, index, CONFIG, epoch=0, part=0)
+    again = step_rows(base, Weighed(drawn, A, A_sum, 0), index, CONFIG, 0)
     assert all(torch.equal(x, y) for x, y in zip(rows, again, strict=True))
-    other = step_rows(base, drawn, A, A_sum, index, CONFIG, epoch=0, part=1)
+    other = step_rows(base, Weighed(drawn, A, A_sum, 0), index, CONFIG, 1)
     assert not torch.equal(rows.noise, other.noise)
 
 
 def test_one_prompt_is_halved_by_position() -> None:
     base, drawn = load_base("world"), rollout()
     A, A_sum = advantages(drawn.scores, CONFIG)
-    rows = step_rows(base, drawn, A, A_sum, torch.arange(4), CONFIG, epoch=0, part=0)
+    rows = step_rows(base, Weighed(drawn, A, A_sum, 0), torch.arange(4), CONFIG, 0)
     assert rows.half.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 

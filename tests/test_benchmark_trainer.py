@@ -16,7 +16,9 @@ from benchmarks.timing import Timing, measure
 from benchmarks.trainer_models import FULL, SMALL, Setup, build, build_transformer, random_rows
 from benchmarks.trainer_steps import LOSS, kinds, transcription
 from reference.policy.adapters import compile_blocks, parameters, target_layers
+from reference.processes.peers import ALONE
 from reference.step.balance import Step, init_balance, step_gradient
+from reference.step.gradients import Whole
 
 TINY = dataclasses.replace(
     SMALL,
@@ -55,10 +57,10 @@ def test_the_transcription_gives_the_gradient_of_a_weighted_sum_step(micro_batch
     rows = random_rows(TINY, 4, 3, device)
     weighted = next(kind for kind in kinds() if kind.name == "weighted-sum")
     assert weighted.rule is not None
-    balance = init_balance(3, weighted.rule, parameters(policy))
-    step = Step(False, torch.full((3,), 1 / 3, dtype=torch.float64), None, None)
+    balance, nothing = init_balance(3, weighted.rule, parameters(policy)), torch.full((3,), torch.nan)
+    step = Step(False, nothing, nothing, None, micro_batch, Whole(ALONE, 2, 4))
     loss = dataclasses.replace(LOSS, kl_weight=0.1)
-    ours = step_gradient(policy, rows, balance, weighted.rule, loss, step, micro_batch=micro_batch).gradient
+    ours = step_gradient(policy, rows, balance, weighted.rule, loss, step).gradient
     theirs = transcription(policy, rows, loss, micro_batch)
     scale = max(float(x.abs().max()) for x in ours.values())
     assert scale > 0

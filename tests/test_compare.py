@@ -15,7 +15,7 @@ from scipy import stats
 
 from reference.__main__ import main
 from reference.config.presets import preset
-from reference.config.settings import Config, LogConfig, SolveConfig, rule_of
+from reference.config.settings import Config, LogConfig, SolveConfig
 from reference.config.toml import to_toml
 from reference.errors import ConfigError, TrainingError
 from reference.experiments import comparison
@@ -224,25 +224,20 @@ def test_rules_that_are_not_judged_alike_are_refused(tmp_path: Path) -> None:
 
 def test_rules_from_files(tmp_path: Path) -> None:
     file = tmp_path / "cone.toml"
-    file.write_text('balance = "soft-min"\n[solve]\nsolver = "cone"\n', encoding="utf-8")
+    file.write_text('balance = "cone"\n[solve]\ndecay = 0.5\n', encoding="utf-8")
     plans = plan_runs(SETTINGS, (f"mine={file}", "uniform"), 2, tmp_path)
     assert list(plans) == ["mine", "uniform"]
-    assert plans["mine"][1].solve.solver == "cone"
+    assert plans["mine"][1].solve.decay == 0.5
     assert plans["mine"][1].run == tmp_path / "mine" / "seed-1"
     assert (plans["mine"][1].seed, plans["mine"][1].log.trackers) == (1, ())
     with pytest.raises(ConfigError, match="distinct names"):  # they would share a folder
         plan_runs(SETTINGS, (f"a:b={file}", f"a-b={file}"), 1, tmp_path)
 
 
-RULES = sorted((ROOT / "reference/experiments/rules").glob("*.toml"))
-
-
-@pytest.mark.parametrize("file", RULES, ids=lambda file: file.stem)
-def test_rules_that_were_tried_are_valid(tmp_path: Path, file: Path) -> None:
-    settings = preset("world")
-    plans = plan_runs(settings, (f"mine={file}",), 1, tmp_path)
-    rule, plain = rule_of(plans["mine"][0]), rule_of(dataclasses.replace(settings, balance=plans["mine"][0].balance))
-    assert rule != plain
+def test_candidates_by_their_paths(tmp_path: Path) -> None:
+    path = "reference.experiments.candidates:upgrad"
+    plans = plan_runs(preset("world"), ("uniform", path), 1, tmp_path)
+    assert plans[path][0].run == tmp_path / path.replace(":", "-") / "seed-0"
 
 
 def test_rows_behind_a_solve() -> None:
@@ -254,8 +249,8 @@ def test_rows_behind_a_solve() -> None:
         return rows_a_solve(dataclasses.replace(twelve, balance=balance, solve=SolveConfig(**switches)))
 
     assert rows("soft-min") is rows("uniform") is rows("weighted-sum") is None
-    assert rows("marble-paper") == rows("soft-min", solver="cone") == 432
-    assert rows("marble", gram="moments", decay=0.9) == 8208
+    assert rows("marble-paper") == rows("marble") == 432
+    assert rows("cone", decay=0.9) == 8208
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
+from torch import Tensor
 
+from marble_core import harmonize, soft_min_weights
+from marble_core.rules import Evidence
 from reference.config.checks import validate
 from reference.config.presets import preset
 from reference.config.settings import (
@@ -23,13 +27,12 @@ from reference.config.settings import (
     Preset,
     RolloutConfig,
     SolveConfig,
-    refreshes_at,
-    rule_of,
     training_times,
 )
 from reference.config.toml import from_toml, to_toml
 from reference.errors import ConfigError
 from reference.rewards.scorer import load_rewards
+from reference.step.method import Method, by_advantages, by_signals, method_of
 
 PRESETS: tuple[Preset, ...] = typing.get_args(Preset)
 
@@ -127,7 +130,7 @@ def test_integers_are_fine_for_floats(tmp_path: Path) -> None:
         ("epoch = 3", r"unknown key epoch\. Did you mean epochs\?"),
         ("[rolout]\nsteps = 3", r"unknown key rolout\. Did you mean rollout\?"),
         ("[rollout]\nstep = 3", r"unknown key rollout\.step\. Did you mean rollout\.steps\?"),
-        ("[solve]\nnormalise = true", r"unknown key solve\.normalise\. Did you mean solve\.normalize\?"),
+        ("[solve]\nstrenght = 2.0", r"unknown key solve\.strenght\. Did you mean solve\.strength\?"),
         ("zzz = 3", r"unknown key zzz\. Valid keys: balance, device, epochs, .*threads\."),
         ("[log]\nzzz = 3", r"unknown key log\.zzz\. Valid keys: eval_every, .*watch\."),
         ("[optim.lr]\nx = 1", r"expected optim\.lr to be float, got \{'x': 1\} \(dict\)"),
@@ -138,7 +141,7 @@ def test_integers_are_fine_for_floats(tmp_path: Path) -> None:
         ("[optim]\nlr = true", r"expected optim\.lr to be float, got True \(bool\)"),
         ('[optim]\nlr = "1e-3"', r"expected optim\.lr to be float, got '1e-3' \(str\)"),
         ("[solve]\nrho = false", r"expected solve\.rho to be float, got False \(bool\)"),
-        ("[solve]\nnormalize = 1", r"expected solve\.normalize to be bool, got 1 \(int\)"),
+        ("[model]\nshard = 1", r"expected model\.shard to be bool, got 1 \(int\)"),
         ("[solve]\nrefresh_every = 2.5", r"expected solve\.refresh_every to be int, got 2\.5 \(float\)"),
         ("balance = 3", r"expected balance to be str, got 3 \(int\)"),
         ("run = 3", r"expected run to be a string, got 3 \(int\)"),
@@ -153,7 +156,7 @@ def test_integers_are_fine_for_floats(tmp_path: Path) -> None:
             '[rollout]\nsampler = "eular"',
             r"expected rollout\.sampler to be one of \['euler', 'dpm2'\], got 'eular'\. Did you mean 'euler'\?",
         ),
-        ('[solve]\ngradients = "signals"', r"one of \['signal', 'full'\], got 'signals'\. Did you mean 'signal'\?"),
+        ('[loss]\nform = "velocities"', r"one of \['x0', 'velocity'\], got 'velocities'\. Did you mean 'velocity'\?"),
         ('[loss]\nform = "zzz"', r"expected loss\.form to be one of \['x0', 'velocity'\], got 'zzz'\.$"),
         ("epochs = ", r"cannot read .*config\.toml: Invalid value"),
         ("epochs = 3\nepochs = 4", r"cannot read .*config\.toml: Cannot overwrite a value"),
@@ -181,7 +184,7 @@ def test_configurations_are_frozen() -> None:
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(part, name, getattr(part, name))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        rule_of(config).rho = 0.0  # type: ignore[misc]
+        config.solve.rho = 0.0  # type: ignore[misc]
 
 
 def test_training_times_are_those_of_the_fraction_and_at_least_one() -> None:
@@ -210,8 +213,8 @@ def test_the_paper_s_constants() -> None:
     assert (o.old_decay, o.ema_cap) == ("standard", 0.9)
     assert paper.rewards == ("pickscore", "hpsv2", "clipscore", "ocr", "geneval")
     assert paper.log.watch == ("aesthetic", "imagereward", "unifiedreward")
-    rule = rule_of(paper)
-    assert (rule.refresh_every, rule.rho, rule.gradients, rule.amortize) == (10, 0.7, "full", "paper")
+    method = method_of(paper)
+    assert (paper.balance, method.every, method.full) == ("marble-paper", 10, True)
 
 
 def test_what_one_gpu_trades_is_what_the_documentation_says() -> None:
@@ -255,60 +258,49 @@ def test_presets_have_folders_of_their_own() -> None:
     assert len({preset(name).run for name in PRESETS}) == len(PRESETS)
 
 
-def test_rules_have_the_switches_of_their_papers() -> None:
-    def switches(balance: str) -> tuple[object, ...]:
-        rule = rule_of(Config(balance=balance))
-        return rule.kind, rule.solver, rule.gradients, rule.guard, rule.amortize
+def test_rules_are_fed_and_applied_as_their_papers_say() -> None:
+    def method(balance: str, **solve: Any) -> Method:
+        return method_of(Config(balance=balance, solve=SolveConfig(**solve)))
 
-    assert switches("soft-min")[:2] == ("solve", "prior")
-    assert rule_of(Config()).softmin > 0
-    assert switches("marble") == ("solve", "min-norm", "signal", 0.5, "norm_corrected")
-    assert switches("marble-paper") == ("solve", "min-norm", "full", 0.0, "paper")
-    assert switches("weighted-sum")[0] == "weighted-sum"
-    assert switches("uniform")[0] == "uniform"
-    # the guard compares with the shortest direction, which another solver does not give
-    assert switches("mine:own") == ("solve", "mine:own", "signal", 0.0, "norm_corrected")
-    assert switches("noise-aware")[:2] == ("solve", "noise-aware")
-    assert rule_of(Config(balance="noise-aware")).refresh_every == 1
-    for balance in set(BUILT_IN_RULES) - {"noise-aware"}:
-        rule = rule_of(Config(balance=balance))
-        every = 10 if balance.startswith("marble") else 100
-        assert (rule.normalize, rule.refresh_every, rule.rho, rule.rows) == (True, every, 0.7, "shared")
+    paper = method("marble-paper")
+    assert (paper.solves, paper.full, paper.weigh, paper.every) == (True, True, by_advantages, 10)
+    ours = method("marble")
+    assert (ours.solves, ours.full, ours.weigh, ours.every) == (True, False, by_signals, 10)
+    assert (method("noise-aware").every, method("noise-aware").memory) == (1, 0.8)
+    assert (method("cone").every, method("cone").memory) == (1, 0.9)
+    assert [method(name).solves for name in ("soft-min", "uniform", "weighted-sum")] == [False] * 3
+    own = method("marble_core:min_norm_weights", decay=0.5, refresh_every=3)
+    assert (own.solves, own.weigh, own.every, own.memory) == (True, by_signals, 3, 0.5)
+
+
+def test_numbers_of_a_rule_reach_it() -> None:
+    gram = torch.tensor([[1.0, 0.2], [0.2, 4.0]], dtype=torch.float64)
+    gains = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    equal = torch.tensor([0.5, 0.5], dtype=torch.float64)
+
+    def coefficients(balance: str, **solve: Any) -> Tensor:
+        rule = method_of(Config(balance=balance, rewards=("text", "jpeg"), solve=SolveConfig(**solve))).rule
+        return rule.update(rule.init(), Evidence(gram, gram, gains))[1]
+
+    assert torch.equal(coefficients("soft-min", strength=2.0, keep=0.1), soft_min_weights(gains, equal, 2.0, keep=0.1))
+    assert coefficients("soft-min", strength=0.0, prior=(1.0, 3.0)).tolist() == [0.25, 0.75]
+    assert torch.equal(coefficients("cone", prior=(1.0, 3.0)), torch.tensor([0.25, 0.75], dtype=torch.float64))
+    fresh, kept = coefficients("marble", rho=0.0, guard=0.0), coefficients("marble", rho=1.0, guard=0.0)
+    assert torch.allclose(fresh, harmonize(gram).coefficients)
+    assert torch.allclose(kept, 1.5 * equal / gram.diagonal().sqrt())
+    wanted = coefficients("noise-aware", prior=(1.0, 3.0)) - coefficients("noise-aware")
+    assert float(wanted[1]) > float(wanted[0])
 
 
 def test_a_rule_that_does_not_solve_measures_at_its_own_interval() -> None:
     log = LogConfig(measure_every=4)
     for balance in ("soft-min", "weighted-sum", "uniform"):
-        rule = rule_of(Config(balance=balance, log=log))
-        assert [step for step in range(10) if refreshes_at(rule, step)] == [0, 4, 8]
-        never = rule_of(Config(balance=balance, log=LogConfig(measure_every=0)))
-        assert not any(refreshes_at(never, step) for step in range(1000))
+        assert method_of(Config(balance=balance, log=log)).every == 4
         validate(Config(balance=balance, log=LogConfig(measure_every=0)))
-    assert rule_of(Config(balance="marble", log=log)).refresh_every == 10
-    assert rule_of(Config(balance="noise-aware", log=LogConfig(measure_every=0))).refresh_every == 1
-    assert rule_of(Config(balance="marble", log=log, solve=SolveConfig(solver="prior"))).refresh_every == 4
-
-
-@pytest.mark.parametrize("balance", [*BUILT_IN_RULES, "mine:own"])
-@pytest.mark.parametrize(
-    ("switch", "value"),
-    [
-        ("gradients", "full"),
-        ("gradients", "signal"),
-        ("normalize", False),
-        ("refresh_every", 3),
-        ("rho", 0.0),
-        ("guard", 0.0),
-        ("guard", 0.25),
-        ("amortize", "paper"),
-        ("amortize", "norm_corrected"),
-        ("rows", "k_pass"),
-    ],
-)
-def test_a_switch_changes_its_own_value_and_no_other(balance: str, switch: str, value: object) -> None:
-    plain = rule_of(Config(balance=balance))
-    switched = rule_of(with_value(f"solve.{switch}", value, Config(balance=balance)))
-    assert switched == dataclasses.replace(plain, **{switch: value})  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"no solve\.refresh_every .*; log\.measure_every says how often"):
+            validate(Config(balance=balance, solve=SolveConfig(refresh_every=3)))
+    assert method_of(Config(balance="marble", log=log)).every == 10
+    assert method_of(Config(balance="noise-aware", log=LogConfig(measure_every=0))).every == 1
 
 
 POSITIVE = (
@@ -336,7 +328,7 @@ POSITIVE = (
 @pytest.mark.parametrize("key", POSITIVE)
 def test_what_must_be_positive(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"config: expected {key} to be positive, got {value}"):
-        validate(with_value(key, value, Config()))
+        validate(with_value(key, value, base_of(key)))
 
 
 @pytest.mark.parametrize(
@@ -367,16 +359,13 @@ def test_what_must_be_positive(key: str, value: float) -> None:
         ("loss.timesteps_per_image", -1, "loss.timesteps_per_image to be at most the 7"),
         ("optim.steps_per_epoch", 481, "optim.steps_per_epoch to be at most the 480 images of an epoch, got 481"),
         ("rollout.prompts_per_epoch", 65, "rollout.prompts_per_epoch to be at most rollout.pool = 64, got 65"),
-        ("solve.normalize", False, "solve.guard 0 where solve.normalize is false"),
         ("solve.decay", 1.0, "solve.decay to be in"),
-        ("solve.softmin", -1.0, "solve.softmin to be finite and at least 0"),
-        ("solve.softmin", float("inf"), "solve.softmin to be finite and at least 0"),
+        ("solve.strength", -1.0, "solve.strength to be finite and at least 0"),
+        ("solve.strength", float("inf"), "solve.strength to be finite and at least 0"),
         ("solve.keep", 1.5, "solve.keep to be in"),
         ("solve.prior", (1.0,), "solve.prior to be empty or 5 numbers, one a reward"),
         ("solve.prior", (1.0, 1.0, 1.0, 1.0, -1.0), "solve.prior to be finite, at least 0, and not all 0"),
         ("solve.prior", (0.0,) * 5, "solve.prior to be finite, at least 0, and not all 0"),
-        ("solve.prior", (1.0,) * 5, "no solve.prior with solver min-norm without solve.shrink"),
-        ("solve.softmin", 2.0, "no solve.softmin with solver min-norm without solve.shrink"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(key: str, value: object, message: str) -> None:
@@ -409,46 +398,39 @@ def test_the_last_value_that_can_be(key: str, value: object) -> None:
 
 
 def base_of(key: str) -> Config:
-    """A rule that has every switch of solving."""
-    return Config(balance="marble" if key.startswith("solve.") else "soft-min")
+    """A rule that takes the value."""
+    switch = key.removeprefix("solve.")
+    takes = [name for name, switches in BUILT_IN_RULES.items() if switch in switches]
+    return Config(balance=takes[0] if takes else "soft-min")
 
 
-@pytest.mark.parametrize(
-    ("solve", "message"),
-    [
-        (SolveConfig(solver="cone", rho=0.5), r"no solve\.rho with solver cone"),
-        (SolveConfig(normalize=False, guard=0.0), r"no solve\.normalize/guard with solver prior"),
-        (SolveConfig(gram="halves"), r"no solve\.gram with solver prior, which looks at no gradient"),
-        (
-            SolveConfig(solver="min-norm", gradients="full", gram="halves"),
-            r"solve\.gradients signal with solve\.shrink",
-        ),
-        (SolveConfig(solver="min-norm", gradients="full", shrink=True), r"solve\.gradients signal with solve\.shrink"),
-        (
-            SolveConfig(solver="min-norm", gradients="full", step="moments"),
-            r"solve\.gradients signal where solve\.step",
-        ),
-    ],
-)
-def test_switches_that_contradict_each_other(solve: SolveConfig, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        validate(Config(solve=solve))
+VALUES: dict[str, Any] = {
+    "refresh_every": 3,
+    "rho": 0.5,
+    "guard": 0.25,
+    "decay": 0.5,
+    "prior": (1.0, 2.0, 3.0, 4.0, 5.0),
+    "strength": 2.0,
+    "keep": 0.25,
+}
 
 
-@pytest.mark.parametrize(
-    "solve",
-    [
-        SolveConfig(solver="cone", gram="moment_halves", decay=0.9, refresh_every=1, prior=(1, 2, 3, 4, 5)),
-        SolveConfig(solver="min-norm", gram="moments", decay=0.95, refresh_every=1, metric="adam"),
-        SolveConfig(solver="min-norm", gram="halves", shrink=True, prior=(1.0,) * 5),
-        SolveConfig(solver="cone", gram="consecutive", step="moments", decay=0.9),
-        SolveConfig(softmin=0.0),
-    ],
-)
-def test_switches_compose(solve: SolveConfig) -> None:
-    config = Config(solve=solve)
-    validate(config)
-    assert from_toml_text(to_toml(config)) == config
+@pytest.mark.parametrize("switch", VALUES)
+@pytest.mark.parametrize("balance", [*BUILT_IN_RULES, "marble_core:min_norm_weights"])
+def test_a_rule_takes_its_own_numbers_and_refuses_the_others(balance: str, switch: str) -> None:
+    config = with_value(f"solve.{switch}", VALUES[switch], Config(balance=balance))
+    if switch in BUILT_IN_RULES.get(balance, ("refresh_every", "rho", "decay")):
+        validate(config)
+        method_of(config)
+        assert from_toml_text(to_toml(config)) == config
+    else:
+        with pytest.raises(ConfigError, match=rf"no solve\.{switch} with balance {balance}, which takes"):
+            validate(config)
+
+
+def test_every_number_of_the_rules_is_one_that_some_rule_takes() -> None:
+    assert {switch for taken in BUILT_IN_RULES.values() for switch in taken} == set(VALUES)
+    assert {f.name for f in dataclasses.fields(SolveConfig)} == set(VALUES)
 
 
 def from_toml_text(text: str) -> Config:
@@ -458,48 +440,13 @@ def from_toml_text(text: str) -> Config:
         return from_toml(path, Config())
 
 
-def test_a_solver_of_ones_own_takes_no_other() -> None:
-    with pytest.raises(ConfigError, match=r"no solve\.solver with a rule of your own"):
-        validate(Config(balance="mine:own", solve=SolveConfig(solver="cone")))
-
-
 def test_a_file_of_prompts_does_not_depend_on_the_pool() -> None:
     validate(Config(rollout=RolloutConfig(prompts=("prompts.txt",), pool=1, prompts_per_epoch=6)))
-
-
-@pytest.mark.parametrize("balance", ["weighted-sum", "uniform"])
-@pytest.mark.parametrize(
-    ("switch", "value"),
-    [
-        *[("gradients", "full"), ("normalize", True), ("rho", 0.7), ("guard", 0.5), ("amortize", "paper")],
-        *[("solver", "cone"), ("gram", "halves"), ("decay", 0.5), ("shrink", True)],
-        *[("metric", "adam"), ("step", "moments"), ("prior", (1.0,) * 5), ("softmin", 1.0), ("keep", 0.5)],
-    ],
-)
-def test_a_rule_that_does_not_solve_takes_no_switch_of_solving(balance: str, switch: str, value: object) -> None:
-    config = with_value(f"solve.{switch}", value, Config(balance=balance))
-    with pytest.raises(ConfigError, match=rf"no solve\.{switch} with balance {balance}, which solves nothing"):
-        validate(config)
 
 
 def test_blocks_are_not_compiled_where_they_are_gathered() -> None:
     with pytest.raises(ConfigError, match=r"model\.compile to be off with model\.shard"):
         validate(Config(model=ModelConfig(compile=True, shard=True)))
-
-
-@pytest.mark.parametrize("balance", ["weighted-sum", "uniform"])
-def test_a_rule_that_does_not_solve_measures_cosines_as_told(balance: str) -> None:
-    validate(Config(balance=balance, solve=SolveConfig(refresh_every=3, rows="k_pass")))
-    both = SolveConfig(rho=0.5, guard=0.0)
-    with pytest.raises(ConfigError, match=r"no solve\.rho/guard with balance"):
-        validate(Config(balance=balance, solve=both))
-
-
-def test_raw_gradients_only_without_what_is_about_unit_ones() -> None:
-    validate(Config(balance="marble", solve=SolveConfig(normalize=False, guard=0.0)))
-    validate(Config(balance="marble-paper", solve=SolveConfig(normalize=False)))
-    with pytest.raises(ConfigError, match=r"solve\.amortize paper for full gradients that are not normalized"):
-        validate(Config(balance="marble", solve=SolveConfig(gradients="full", normalize=False, guard=0.0)))
 
 
 def test_weights_of_rewards_go_with_the_weighted_sum() -> None:

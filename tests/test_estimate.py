@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
-from marble_core import cross_gram, gram_matrix, psd_part
-from reference.config.settings import Config, Rule, SolveConfig, rule_of
-from reference.step.estimate import Estimate, Signal, Tree, init_estimate, observe
+from marble_core import cross_gram, gram_matrix
+from marble_core.rules import Evidence
+from reference.step.estimate import Estimate, Measured, Tree, init_estimate, observe
 
 K, P = 3, 40
 SIGNALS = torch.tensor([[0.3, 0.0, 0.1], [0.0, 0.2, -0.1], [0.0, 0.0, 0.0]], dtype=torch.float64)
-
-
-def rule(**switches: Any) -> Rule:
-    return rule_of(Config(balance="marble", solve=SolveConfig(**switches)))
 
 
 def halves(seed: int, noise: float = 1.0) -> tuple[Tree, Tree]:
@@ -29,134 +22,101 @@ def halves(seed: int, noise: float = 1.0) -> tuple[Tree, Tree]:
     return {"w": both[0][:, :10], "b": both[0][:, 10:]}, {"w": both[1][:, :10], "b": both[1][:, 10:]}
 
 
-def run(rule: Rule, count: int, noise: float = 1.0) -> tuple[Estimate, Signal]:
+def run(memory: float | None, count: int, noise: float = 1.0, first: int = 0) -> tuple[Estimate, Measured, Evidence]:
     trained = {"w": torch.zeros(10, dtype=torch.float64), "b": torch.zeros(P - 10, dtype=torch.float64)}
-    state = init_estimate(K, rule, trained)
-    for seed in range(count):
-        state, signal = observe(state, *halves(seed, noise), None, rule, None)
-    return state, signal
+    state = init_estimate(K, memory, trained)
+    for seed in range(first, first + count):
+        state, measured, evidence = observe(state, *halves(seed, noise), None, memory)
+    return state, measured, evidence
 
 
 def mean(a: Tree, b: Tree) -> Tree:
     return {name: (a[name] + b[name]) / 2 for name in a}
 
 
-def test_the_batch_is_its_gram() -> None:
+def test_without_memory_the_evidence_is_the_batch_s() -> None:
     a, b = halves(0)
-    state, signal = run(rule(), 1)
-    torch.testing.assert_close(signal.gram, gram_matrix(mean(a, b)))
-    assert signal.rows is None
+    state, measured, evidence = run(None, 1)
+    assert evidence.gram is not None
+    assert evidence.cross is not None
+    torch.testing.assert_close(evidence.gram, gram_matrix(mean(a, b)))
+    torch.testing.assert_close(evidence.gram, measured.gram)
+    torch.testing.assert_close(evidence.cross, cross_gram(a, b))
+    assert evidence.gains is None  # which the loop knows
     assert state.mean.mean == {}  # nothing is kept that the rule has no use for
 
 
-def test_halves_are_the_symmetrized_cross_gram() -> None:
-    C = cross_gram(*halves(0))
-    torch.testing.assert_close(run(rule(gram="halves"), 1)[1].gram, psd_part(C))
-
-
-def test_full_gradients_have_the_shared_part() -> None:
+def test_full_gradients_have_the_shared_part_and_no_unbiased_cross_gram() -> None:
     a, b = halves(0)
     shared = {"w": torch.ones(10, dtype=torch.float64), "b": torch.zeros(P - 10, dtype=torch.float64)}
-    full = rule(gradients="full")
-    _, signal = observe(init_estimate(K, full, shared), a, b, shared, full, None)
-    torch.testing.assert_close(signal.gram, gram_matrix({name: x + shared[name] for name, x in mean(a, b).items()}))
+    _, _, evidence = observe(init_estimate(K, None, shared), a, b, shared, None)
+    assert evidence.gram is not None
+    torch.testing.assert_close(evidence.gram, gram_matrix({name: x + shared[name] for name, x in mean(a, b).items()}))
+    assert evidence.cross is None
 
 
-@pytest.mark.parametrize("gram", ["halves", "consecutive", "moment_halves"])
-def test_cross_grams_have_no_noise_on_the_diagonal(gram: Any) -> None:
+def test_with_memory_the_evidence_is_of_the_moments() -> None:
+    (a, b), (c, d) = halves(0), halves(1)
+    _, measured, evidence = run(0.5, 2)
+    m_a, m_b = ({n: (0.25 * x[n] + 0.5 * y[n]) / 0.75 for n in x} for x, y in ((a, c), (b, d)))
+    assert evidence.cross is not None
+    assert evidence.gram is not None
+    torch.testing.assert_close(evidence.cross, cross_gram(m_a, m_b))
+    batch = [gram_matrix(mean(*halves(seed))) for seed in range(2)]
+    torch.testing.assert_close(evidence.gram, (0.9 * batch[0] + batch[1]) / 1.9)
+    torch.testing.assert_close(measured.gram, batch[1])
+
+
+def test_cross_grams_have_no_noise_on_the_diagonal() -> None:
     """Averaged over many refreshes, noise of squared length 1.8, forty times the signals', leaves nothing."""
-    _, signal = run(rule(gram=gram, decay=0.999), 2000, noise=0.3)
-    torch.testing.assert_close(signal.gram, SIGNALS @ SIGNALS.mT, rtol=0, atol=0.05)
+    cross = run(0.999, 2000, noise=0.3)[2].cross
+    torch.testing.assert_close(cross, SIGNALS @ SIGNALS.mT, rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize(("gram", "bias"), [("batch", P / 2), ("moments", P / 2 * (1 - 0.9) / (1 + 0.9))])
-def test_others_have_as_much_as_they_say(gram: Any, bias: float) -> None:
-    _, signal = run(rule(gram=gram, decay=0.9 if gram == "moments" else 0.999), 2000)
-    assert float(signal.gram[2, 2]) == pytest.approx(bias, rel=0.5)
+def test_the_average_gram_has_all_the_noise() -> None:
+    assert float(run(None, 300)[1].average[2, 2]) == pytest.approx(P / 2, rel=0.5)
 
 
 def test_averaging_gradients_beats_averaging_matrices() -> None:
     """The noise of one average of n cross-Grams falls with sqrt(n), that of the cross-Gram of two averages with n."""
     S = SIGNALS @ SIGNALS.mT
-
-    def error(gram: Any) -> float:
-        found = [run_from(seed, rule(gram=gram, decay=0.95)) for seed in range(0, 3000, 60)]
-        return float(torch.stack([(C - S).square().mean() for C in found]).mean())
-
-    assert error("moment_halves") < 0.5 * error("halves")
+    found = [run(0.9, 60, first=first) for first in range(0, 3000, 60)]
+    matrices = torch.stack([(measured.cross - S).square().mean() for _, measured, _ in found])
+    gradients = torch.stack([(e.cross - S).square().mean() for *_, e in found if e.cross is not None])
+    assert float(gradients.mean()) < 0.5 * float(matrices.mean())
 
 
-def run_from(first: int, rule: Rule) -> Tensor:
-    state = init_estimate(K, rule, {"w": torch.zeros(10).double(), "b": torch.zeros(P - 10).double()})
-    for seed in range(first, first + 60):
-        state, signal = observe(state, *halves(seed), None, rule, None)
-    return signal.gram
+def test_squared_lengths_and_their_errors() -> None:
+    """Squared signals of 0.1, 0.05 and 0 beside noise of P / 2 = 20."""
+    many = [run(None, 100, first=first)[1] for first in range(0, 6000, 100)]
+    squares = torch.stack([m.cross.diagonal() for m in many])
+    errors = torch.stack([m.error for m in many])
+    standard = squares.std(0) / len(many) ** 0.5
+    assert ((squares.mean(0) - SIGNALS.square().sum(1)).abs() < 4 * standard).all()
+    assert (errors.mean(0) / squares.std(0)).tolist() == pytest.approx([1.0] * K, rel=0.35)
 
 
-def test_shares_and_their_errors() -> None:
-    """Squared signals of 0.1, 0.05 and 0 beside noise of P / 2 = 20: shares below one per cent."""
-    found = torch.stack([torch.stack(run_shares(first)) for first in range(0, 6000, 100)])
-    shares, errors = found[:, 0], found[:, 1]
-    expected = SIGNALS.square().sum(1) / (SIGNALS.square().sum(1) + P / 2)
-    standard = shares.std(0) / len(shares) ** 0.5
-    assert ((shares.mean(0) - expected).abs() < 4 * standard).all()
-    assert (errors.mean(0) / shares.std(0)).tolist() == pytest.approx([1.0] * K, rel=0.35)
-
-
-def run_shares(first: int) -> list[Tensor]:
-    one = rule()
-    state = init_estimate(K, one, {"w": torch.zeros(10).double(), "b": torch.zeros(P - 10).double()})
-    for seed in range(first, first + 100):
-        state, signal = observe(state, *halves(seed), None, one, None)
-    return [signal.share, signal.share_error]
+def test_certainty_is_the_square_over_its_error() -> None:
+    _, measured, evidence = run(None, 30, noise=0.1)
+    assert evidence.certainty is not None
+    torch.testing.assert_close(evidence.certainty, measured.cross.diagonal() / measured.error)
+    assert float(evidence.certainty[0]) > 3
+    assert abs(float(evidence.certainty[2])) < 3
 
 
 def test_one_refresh_knows_no_error() -> None:
-    _, signal = run(rule(), 1)
-    assert signal.error.isnan().all()
-    assert signal.share.isfinite().all()
+    _, measured, evidence = run(None, 1)
+    assert evidence.certainty is not None
+    assert measured.error.isnan().all()
+    assert evidence.certainty.isnan().all()
 
 
-def test_a_reward_without_gradient_has_no_share() -> None:
+@pytest.mark.parametrize("memory", [None, 0.5])
+def test_nothing_is_changed_in_place(memory: float | None) -> None:
+    state = init_estimate(K, memory, {"w": torch.zeros(10).double(), "b": torch.zeros(P - 10).double()})
     a, b = halves(0)
-    for x in (*a.values(), *b.values()):
-        x[1] = 0.0
-    _, signal = observe(init_estimate(K, rule(), {"w": torch.zeros(10)}), a, b, None, rule(), None)
-    assert signal.share.isnan().tolist() == [False, True, False]
-
-
-@pytest.mark.parametrize("gram", ["batch", "halves", "consecutive", "moments", "moment_halves"])
-def test_the_metric_is_a_change_of_coordinates(gram: Any) -> None:
-    """Inner products in the metric are plain ones of gradients times its root."""
-    one = rule(gram=gram, decay=0.5)
-    metric = {"w": torch.linspace(0.1, 2.0, 10).double(), "b": torch.linspace(3.0, 0.2, P - 10).double()}
-    plain = state = init_estimate(K, one, {name: torch.zeros_like(x) for name, x in metric.items()})
-    for seed in range(3):
-        a, b = halves(seed)
-        state, signal = observe(state, a, b, None, one, metric)
-        root_a, root_b = ({name: x * metric[name].sqrt() for name, x in half.items()} for half in (a, b))
-        plain, expected = observe(plain, root_a, root_b, None, one, None)
-    torch.testing.assert_close(signal.gram, expected.gram)
-    torch.testing.assert_close(signal.share, expected.share)
-
-
-@pytest.mark.parametrize("gram", ["batch", "moments", "moment_halves"])
-def test_moments_to_step_along(gram: Any) -> None:
-    one = rule(gram=gram, decay=0.5, step="moments")
-    _, signal = run(one, 2)
-    first, second = (mean(*halves(seed)) for seed in range(2))
-    expected = {name: (0.25 * first[name] + 0.5 * second[name]) / 0.75 for name in first}
-    assert signal.rows is not None
-    for name, x in expected.items():
-        torch.testing.assert_close(signal.rows[name], x)
-
-
-def test_nothing_is_changed_in_place() -> None:
-    for one in (rule(gram="moment_halves"), rule(gram="consecutive"), rule(step="moments")):
-        state = init_estimate(K, one, {"w": torch.zeros(10).double(), "b": torch.zeros(P - 10).double()})
-        a, b = halves(0)
-        before = [x.clone() for x in (*a.values(), *b.values())]
-        observe(state, a, b, None, one, None)
-        assert all(torch.equal(x, y) for x, y in zip(before, (*a.values(), *b.values()), strict=True))
-        assert float(state.cross.weight) == 0
-        assert all(not x.any() for tree in (state.last, state.mean.mean) for x in tree.values())
+    before = [x.clone() for x in (*a.values(), *b.values())]
+    observe(state, a, b, None, memory)
+    assert all(torch.equal(x, y) for x, y in zip(before, (*a.values(), *b.values()), strict=True))
+    assert float(state.cross.weight) == 0
+    assert all(not x.any() for x in state.mean.mean.values())

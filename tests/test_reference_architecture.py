@@ -83,4 +83,4 @@ def test_the_trainer_uses_the_public_core_alone(path: Path) -> None:
 
 def test_only_balance_harmonizes() -> None:
     users = {name(p) for p in MODULES if "harmonize(" in p.read_text(encoding="utf-8")}
-    assert users == {"step.balance", "experiments.settle", "experiments.stress"}
+    assert users == {"step.balance", "experiments.candidates", "experiments.settle", "experiments.stress"}

@@ -99,7 +99,7 @@ def refresh(step: int, minimum: float | None, following: float | None) -> dict[s
         "kind": "refresh",
         "step": step,
         "weights": two,
-        "smoothed": two,
+        "min_norm": two,
         "coefficients": two,
         "norms": {"objects": 1e-3 * step, "text": 0.0},
         "signal_share": {"objects": 0.01, "text": -0.01},
@@ -112,7 +112,6 @@ def refresh(step: int, minimum: float | None, following: float | None) -> dict[s
         "next_min_cosine": following,
         "null": 0.7071,
         "direction_norm": 0.4,
-        "rho_used": None,
     }
 
 
@@ -216,7 +215,7 @@ HEALTH = ("loss", "grad_norm", "kl", "x0_abs", "v_norm")
 
 
 def test_plots_are_named_and_rewards_keep_their_colour(page: Page) -> None:
-    labels = ["objects", "text", "size", "Smoothed weights", "Applied coefficients", "Gains so far", "full"]
+    labels = ["objects", "text", "size", "Weights", "Applied coefficients", "Gains so far", "full"]
     assert page.values("aria-label") == [
         *labels,
         "Norms",
@@ -335,7 +334,7 @@ def test_unknown_kinds_and_keys_are_ignored(tmp_path: Path) -> None:
 def test_gaps_where_values_are_missing(tmp_path: Path) -> None:
     values = [0.1, 0.2, 0.3, math.nan, 0.4, None, 0.5, 0.6, math.inf, *[0.7] * 40]
     steps = [{**training_step(i), "loss": value, "coefficients": None} for i, value in enumerate(values)]
-    nothing = {**refresh(1, math.nan, None), "smoothed": {"objects": math.nan}, "norms": {"objects": -1.0}}
+    nothing = {**refresh(1, math.nan, None), "weights": {"objects": math.nan}, "norms": {"objects": -1.0}}
     early = evaluation(0, objects=(0.5, math.nan, math.nan))
     page = Page(write_report(write_run(tmp_path, *steps, nothing, early, evaluation(9, text=(math.nan, 0.0, 1.0)))))
     loss = page.html[page.html.index('aria-label="loss"') : page.html.index('aria-label="grad_norm"')]
@@ -345,7 +344,7 @@ def test_gaps_where_values_are_missing(tmp_path: Path) -> None:
     dots = re.findall(r'<g clip-path="[^"]*">\s*(<use [^>]*/>\s*)</g>', loss)
     assert len(dots) == 1, "the one value without neighbours"
     assert page.rows[1:] == [["objects", "0.500", "-", "-", "unknown"], ["text", "-", "-", "-", "unknown"]]
-    assert {"Smoothed weights: no finite value.", "Norms: no finite value."} <= set(page.inside("p"))
+    assert {"Weights: no finite value.", "Norms: no finite value."} <= set(page.inside("p"))
     assert any(text.startswith("Gradient cosines left out") for text in page.inside("p"))
 
 

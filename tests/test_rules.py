@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from marble_core import cone_weights, harmonize, soft_min_weights
+from marble_core import cone_weights, harmonize, psd_part, soft_min_weights
 from marble_core.rules import (
     Evidence,
     Rule,
@@ -21,9 +21,8 @@ from marble_core.rules import (
     uniform,
     weighted_sum,
 )
-from reference.config.settings import Config, rule_of
-from reference.step.balance import applied_coefficients, init_balance, refreshed, solve
-from reference.step.estimate import Signal, shrunk
+from reference.config.settings import Config
+from reference.step.method import method_of
 
 K = 4
 RULES: dict[str, Rule] = {
@@ -83,33 +82,31 @@ def test_what_the_formulas_say() -> None:
     assert torch.equal(first["uniform"], equal)
     assert first["weighted-sum"].tolist() == [1.0, 2.0, 0.0, 4.0]
     assert torch.equal(first["soft-min"], soft_min_weights(gains, equal, 4.0, keep=0.5))
-    assert torch.equal(first["cone"], cone_weights(gram, equal))
+    assert torch.equal(cone(K).update(equal, Evidence(gram))[1], cone_weights(gram, equal))
     assert torch.equal(first["marble-paper"], harmonize(gram).coefficients)
     # the first solve has nothing to be smoothed with
     exact = marble(K, rho=0.0, guard=0.0)
     assert torch.allclose(exact.update(exact.init(), evidence(1))[1], harmonize(gram).coefficients, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["marble", "marble-paper", "noise-aware", "soft-min"])
+@pytest.mark.parametrize("name", ["marble", "marble-paper", "noise-aware", "soft-min", "cone"])
 def test_the_trainer_s_rules_of_these_names_are_these(name: str) -> None:
-    rule, mine = RULES[name], rule_of(Config(balance=name))
-    state = rule.init()
-    balance = init_balance(K, mine, {"w": torch.zeros(2)})
-    equal, ones = torch.full((K,), 1 / K, dtype=torch.float64), torch.ones(K, dtype=torch.float64)
+    mine, rule = method_of(Config(balance=name, rewards=tuple("abcd"))).rule, RULES[name]
+    state, own = rule.init(), mine.init()
     for seed in range(6):
-        seen = evidence(seed)
-        assert seen.gram is not None
-        assert seen.cross is not None
-        assert seen.gains is not None
-        prior = soft_min_weights(seen.gains, equal, 4.0, keep=0.5) if name == "soft-min" else equal
-        gram = shrunk(seen.cross) if name == "noise-aware" else seen.gram
-        signal = Signal(gram, ones, ones, ones, ones, None, seen.gram, seen.cross)
-        solution = solve(mine, signal, prior)
-        balance, _, expected = refreshed(mine, balance, gram, solution, prior)
-        state, c = rule.update(state, seen)
-        assert torch.allclose(c, expected, rtol=1e-12, atol=1e-15), name
-        between = applied_coefficients(mine, balance, prior)
-        assert torch.allclose(rule.update(state, Evidence())[1], between, rtol=1e-12, atol=1e-15), name
+        for seen in (evidence(seed), Evidence(gains=evidence(seed).gains)):
+            state, c = rule.update(state, seen)
+            own, found = mine.update(own, seen)
+            assert torch.allclose(c, found, rtol=1e-12, atol=1e-15)
+
+
+def test_the_cone_of_the_signals_where_they_are_known() -> None:
+    gram, cross = grams(3)
+    found = cone(K).update(cone(K).init(), Evidence(gram, cross))[1]
+    equal = torch.full((K,), 1 / K, dtype=torch.float64)
+    assert torch.equal(found, cone_weights(psd_part(cross), equal, step_gram=gram))
+    with pytest.raises(ValueError, match=r"evidence\.gram: expected a matrix beside evidence\.cross"):
+        cone(K).update(equal, Evidence(cross=cross))
 
 
 def test_gradients_that_leave_no_direction_change_nothing() -> None:

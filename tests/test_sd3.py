@@ -21,7 +21,7 @@ from torch import Tensor
 
 from reference.__main__ import main, train_arguments
 from reference.config.presets import preset
-from reference.config.settings import Config, ModelConfig, SolveConfig, rule_of
+from reference.config.settings import Config, ModelConfig
 from reference.errors import ConfigError
 from reference.interfaces import Scores, plain_prompts
 from reference.policy import sd3
@@ -37,12 +37,14 @@ from reference.policy.adapters import (
 )
 from reference.policy.base import Base
 from reference.policy.load import load_model
+from reference.processes.peers import ALONE
 from reference.quiet import quiet_libraries
 from reference.run import checkpoint
 from reference.step.balance import Step, init_balance, step_gradient
-from reference.step.batch import Rollout, advantages, step_rows
+from reference.step.batch import Rollout, Weighed, advantages, step_rows
 from reference.step.generation import generate_batches
-from reference.step.gradients import Rows
+from reference.step.gradients import Rows, Whole
+from reference.step.method import method_of
 
 CPU = torch.device("cpu")
 Refresh = Callable[[str, bool], tuple[Policy, dict[str, Tensor]]]
@@ -203,7 +205,7 @@ def rows_of(config: Config, base: Base) -> Rows:
     rollout = Rollout(plain_prompts(PROMPTS), latents, Scores(values, values.isfinite()))
     config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, images_per_prompt=2))
     A, A_sum = advantages(rollout.scores, config)
-    return step_rows(base, rollout, A, A_sum, torch.arange(4), config, 0, 0)
+    return step_rows(base, Weighed(rollout, A, A_sum, 0), torch.arange(4), config, 0)
 
 
 def drifted(policy: Policy) -> Policy:
@@ -223,11 +225,12 @@ def refresh(tiny_sd3: Path, cache: Path) -> Refresh:
         config = config_of(tiny_sd3, cache, precision=precision, gradient_checkpointing=checkpointing)
         base, policy = load_model(config, PROMPTS)
         drifted(policy)
-        rule = rule_of(dataclasses.replace(config, balance="marble", solve=SolveConfig()))
-        step = Step(True, torch.full((5,), 0.2, dtype=torch.float64), None, None)
+        method, rows = method_of(dataclasses.replace(config, balance="marble")), rows_of(config, base)
+        nothing = torch.full((5,), torch.nan, dtype=torch.float64)
+        step = Step(True, nothing, nothing, None, 8, Whole(ALONE, int((rows.half == 0).sum()), len(rows.half)))
         loss = dataclasses.replace(config.loss, kl_weight=1e-2)
-        balance = init_balance(5, rule, parameters(policy))
-        result = step_gradient(policy, rows_of(config, base), balance, rule, loss, step, micro_batch=8)
+        balance = init_balance(5, method, parameters(policy))
+        result = step_gradient(policy, rows, balance, method, loss, step)
         return policy, result.gradient
 
     return taken

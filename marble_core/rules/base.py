@@ -18,11 +18,13 @@ class Evidence(NamedTuple):
         gram: ``[K, K]``, Gram matrix of the step's gradients.
         cross: ``[K, K]``, cross-Gram matrix of independent halves: unbiased, perhaps averaged over steps.
         gains: ``[K]``, how far each reward has come since the start, in standard deviations; NaN where not known.
+        certainty: ``[K]``, each signal's squared length over the standard error of that; NaN where not known.
     """
 
     gram: Tensor | None = None
     cross: Tensor | None = None
     gains: Tensor | None = None
+    certainty: Tensor | None = None
 
 
 class Rule(NamedTuple):

@@ -9,14 +9,12 @@ from collections.abc import Sequence
 
 from reference.config.settings import (
     BUILT_IN_RULES,
-    FROM_PRIOR,
+    OWN_RULE,
     REWARDS,
     WORLD_REWARDS,
     Config,
-    Rule,
     SolveConfig,
     is_world,
-    rule_of,
     training_times,
 )
 from reference.errors import ConfigError
@@ -28,8 +26,8 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: the first thing that is wrong, and what to change.
     """
-    rollout, loss, optim, rule = config.rollout, config.loss, config.optim, rule_of(config)
-    _check_ranges(config, rule)
+    rollout, loss, optim = config.rollout, config.loss, config.optim
+    _check_ranges(config)
     names = config.rewards
     _check(len(names) > 0, "rewards to name at least one", names)
     _check(len(set(names)) == len(names), "rewards to be distinct", names)
@@ -52,11 +50,7 @@ def validate(config: Config) -> None:
     _check(not (config.model.shard and config.model.compile), "model.compile to be off with model.shard, which would "
            "compile every block again and again", config.model.compile)  # fmt: skip
     _check_prompts(config)
-    _check(len(rule.prior) in (0, len(names)), f"solve.prior to be empty or {len(names)} numbers, one a reward",
-           rule.prior)  # fmt: skip
-    usable = all(0 <= p < math.inf for p in rule.prior) and (not rule.prior or sum(rule.prior) > 0)
-    _check(usable, "solve.prior to be finite, at least 0, and not all 0", rule.prior)
-    _check_rule(config, rule)
+    _check_rule(config)
 
 
 def _check_names(config: Config) -> None:
@@ -87,7 +81,7 @@ def _check_prompts(config: Config) -> None:
            config.scoring.batch)  # fmt: skip
 
 
-def _check_ranges(config: Config, rule: Rule) -> None:
+def _check_ranges(config: Config) -> None:
     """Numbers that are out of range whatever the others are."""
     rollout, loss, optim = config.rollout, config.loss, config.optim
     positive = {
@@ -102,13 +96,7 @@ def _check_ranges(config: Config, rule: Rule) -> None:
     }  # fmt: skip
     for name, value in positive.items():
         _check(value > 0, f"{name} to be positive", value)
-    for name, value in {"solve.rho": rule.rho, "solve.keep": rule.keep, "optim.ema_cap": optim.ema_cap}.items():
-        _check(0 <= value <= 1, f"{name} to be in [0, 1]", value)
-    for name, value in {"solve.guard": rule.guard, "solve.decay": rule.decay}.items():
-        _check(0 <= value < 1, f"{name} to be in [0, 1)", value)
-    every = config.solve.refresh_every
-    _check(every is None or every > 0, "solve.refresh_every to be positive", every)
-    _check(0 <= rule.softmin < math.inf, "solve.softmin to be finite and at least 0", rule.softmin)
+    _check(0 <= optim.ema_cap <= 1, "optim.ema_cap to be in [0, 1]", optim.ema_cap)
     not_negative = {
         "threads": config.threads, "loss.kl_weight": loss.kl_weight, "loss.norm_guard": loss.norm_guard,
         "optim.weight_decay": optim.weight_decay,
@@ -121,41 +109,26 @@ def _check_ranges(config: Config, rule: Rule) -> None:
     _check(all(0 <= beta < 1 for beta in optim.betas), "optim.betas to be in [0, 1)", optim.betas)
 
 
-def _check_rule(config: Config, rule: Rule) -> None:
-    """Combinations of rule and switches that contradict each other."""
-    name, given = config.balance, config.solve
-    _check_name("balance", name, BUILT_IN_RULES)
-    if rule.kind != "solve":
-        _check_unused(config, [s for s in _SWITCHES if s != "refresh_every"], f"balance {name}, which solves nothing")
-    own = name not in BUILT_IN_RULES
-    _check(not own or given.solver is None, "no solve.solver with a rule of your own", given.solver)
-    if rule.kind == "solve" and rule.solver in FROM_PRIOR:
-        _check_unused(config, ("gradients", "normalize", "rho", "guard", "amortize"), f"solver {rule.solver}")
-    if rule.solver == "prior":
-        unused = ("gram", "decay", "shrink", "metric", "step")
-        _check_unused(config, unused, "solver prior, which looks at no gradient")
-    _check(rule.solver != "noise-aware" or rule.gram in ("halves", "moment_halves"), "solve.gram halves or "
-           "moment_halves with solver noise-aware, which needs to know its error", rule.gram)  # fmt: skip
-    if rule.kind == "solve" and rule.solver not in FROM_PRIOR and not rule.shrink:
-        without = f"solver {rule.solver} without solve.shrink, which has no prior"
-        _check_unused(config, ("prior", "softmin", "keep"), without)
-    full = rule.gradients == "full"
-    _check(not full or (rule.gram in ("batch", "moments") and not rule.shrink), "solve.gradients signal with "
-           "solve.shrink or a cross-Gram: the shared part is in both of its sides", "full")  # fmt: skip
-    _check(not full or rule.step == "batch", "solve.gradients signal where solve.step is moments", "full")
-    _check(rule.normalize or rule.guard == 0, "solve.guard 0 where solve.normalize is false: the guard is about unit "
-           "gradients", rule.guard)  # fmt: skip
-    _check(not full or rule.amortize == "paper" or rule.normalize, "solve.amortize paper for full "
-           "gradients that are not normalized", rule.amortize)  # fmt: skip
-
-
-_SWITCHES = tuple(f.name for f in dataclasses.fields(SolveConfig) if f.default is None)
-
-
-def _check_unused(config: Config, switches: Sequence[str], with_what: str) -> None:
-    """Raise if a switch is set that the rule would ignore."""
-    used = [s for s in switches if getattr(config.solve, s) is not None]
-    _check(not used, f"no solve.{'/'.join(used)} with {with_what}", used)
+def _check_rule(config: Config) -> None:
+    """Numbers of the rule that are out of range, or that it would ignore."""
+    name, s, K = config.balance, config.solve, len(config.rewards)
+    _check_name("balance", name, tuple(BUILT_IN_RULES))
+    taken = BUILT_IN_RULES.get(name, OWN_RULE)
+    ignored = [f.name for f in dataclasses.fields(SolveConfig) if getattr(s, f.name) is not None]
+    ignored = [switch for switch in ignored if switch not in taken]
+    which = f"which takes {', '.join(taken)}" if taken else "which takes none"
+    which += "; log.measure_every says how often it measures" if "refresh_every" in ignored else ""
+    _check(not ignored, f"no solve.{'/'.join(ignored)} with balance {name}, {which}", ignored)
+    for switch, value in {"rho": s.rho, "keep": s.keep}.items():
+        _check(value is None or 0 <= value <= 1, f"solve.{switch} to be in [0, 1]", value)
+    for switch, value in {"guard": s.guard, "decay": s.decay}.items():
+        _check(value is None or 0 <= value < 1, f"solve.{switch} to be in [0, 1)", value)
+    _check(s.refresh_every is None or s.refresh_every > 0, "solve.refresh_every to be positive", s.refresh_every)
+    _check(s.strength is None or 0 <= s.strength < 1e9, "solve.strength to be finite and at least 0", s.strength)
+    prior = s.prior or ()
+    _check(len(prior) in (0, K), f"solve.prior to be empty or {K} numbers, one a reward", prior)
+    usable = all(0 <= p < math.inf for p in prior) and (not prior or sum(prior) > 0)
+    _check(usable, "solve.prior to be finite, at least 0, and not all 0", prior)
 
 
 def _check_name(key: str, name: str, known: Sequence[str]) -> None:

@@ -1,16 +1,23 @@
-"""The configuration of a run: frozen dataclasses, and the switches of each balancing rule."""
+"""The configuration of a run: frozen dataclasses."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 Preset = Literal["world", "world-conflict", "demo", "tiny", "sd35m", "sd35m-single-gpu"]
-BUILT_IN_RULES = ("soft-min", "marble", "marble-paper", "noise-aware", "weighted-sum", "uniform")
-SOLVERS = ("min-norm", "noise-aware", "cone", "prior")
-FROM_PRIOR = ("noise-aware", "cone", "prior")  # they take the prior and return coefficients of the raw gradients
+# The switches that each named rule takes; rules of the user's own take those of OWN_RULE.
+BUILT_IN_RULES: dict[str, tuple[str, ...]] = {
+    "soft-min": ("strength", "keep", "prior"),
+    "marble": ("refresh_every", "rho", "guard"),
+    "marble-paper": ("refresh_every", "rho"),
+    "noise-aware": ("refresh_every", "decay", "prior"),
+    "cone": ("refresh_every", "decay", "prior"),
+    "weighted-sum": (),
+    "uniform": (),
+}
+OWN_RULE = ("refresh_every", "rho", "decay")
 REWARDS: tuple[str, ...] = (
     "pickscore",
     "hpsv2",
@@ -122,42 +129,22 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class SolveConfig:
-    """Switches of the balancing rule. None leaves what the rule says."""
+    """Numbers of the balancing rule. None leaves what the rule says; a rule refuses what it does not take."""
 
-    gradients: Literal["signal", "full"] | None = None
-    """Balance the reward part h_k of the gradients (ours) or all of g_k = g_prox + h_k (the paper)."""
-    normalize: bool | None = None
-    """Balance unit gradients; False is an ablation."""
     refresh_every: int | None = None
-    """Optimiser steps from one solve (and one measurement of cosines) to the next; the paper's N."""
+    """Optimiser steps from one solve to the next, the paper's N."""
     rho: float | None = None
-    """Memory of the smoothed weights; 0 turns smoothing off."""
+    """Weight of the smoothed weights at a solve; 0 turns smoothing off."""
     guard: float | None = None
-    """Margin in [0, 1) of the guarded smoothing; 0 for the plain EMA."""
-    amortize: Literal["norm_corrected", "paper"] | None = None
-    """Between solves apply c_k = n alpha_k / |g_k| (ours), or alpha_k itself (the paper)."""
-    solver: Literal["min-norm", "noise-aware", "cone", "prior"] | None = None
-    """min-norm: the paper's; noise-aware: the largest smallest gain of a step of fixed length, noise included; cone:
-    the direction nearest to the prior's that lowers no reward; prior: the prior's."""
-    gram: Literal["batch", "halves", "consecutive", "moments", "moment_halves"] | None = None
-    """What the solver sees: this batch's Gram matrix, the cross-Gram of its halves or of two consecutive refreshes
-    (free of noise bias), the Gram of the gradients' moments, or the cross-Gram of the moments of both halves."""
+    """Share of the best smallest cosine, in [0, 1), that smoothing must leave; 0 for the plain average."""
     decay: float | None = None
-    """Memory of that Gram matrix, or of the moments; 0 for none."""
-    shrink: bool | None = None
-    """Move a reward's weight to its prior's as far as its signal cannot be told from zero."""
-    metric: Literal["euclidean", "adam"] | None = None
-    """Inner products of gradients, or of the steps that AdamW makes of them."""
-    step: Literal["batch", "moments"] | None = None
-    """Step along this batch's gradients, or along their moments (which needs another learning rate)."""
+    """Memory of the gradients' moments, from which a rule estimates the signals; 0 for none."""
     prior: tuple[float, ...] | None = None
-    """Weights of the rewards' advantages before any balancing; 1/K each if empty."""
-    softmin: float | None = None
-    """Strength with which the prior favours rewards that have gained less so far; 0 for a constant prior."""
+    """Weights of the rewards' advantages before any balancing; equal ones without it."""
+    strength: float | None = None
+    """Strength with which soft-min favours rewards that have gained less so far; 0 for constant weights."""
     keep: float | None = None
-    """Share of the weights that softmin leaves as the prior has them."""
-    rows: Literal["shared", "k_pass"] = "shared"
-    """All K gradients from one shared backward pass, or from K passes."""
+    """Share of the weights that soft-min leaves as the prior has them."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +201,7 @@ class Config:
     run: Path = Path("runs/world")
     """Folder of the run: config, metrics, checkpoints, images, report."""
     balance: str = "soft-min"
-    """marble, marble-paper, min-norm, weighted-sum, uniform, or module:callable from a Gram matrix to weights."""
+    """soft-min, marble, marble-paper, noise-aware, cone, weighted-sum, uniform, or module:callable of your own."""
     rewards: tuple[str, ...] = ("objects", "text", "similarity", "colour", "jpeg")
     """Rewards to raise: names of the world's five or of reference/rewards/, or module:callable of your own."""
     reward_weights: tuple[float, ...] = ()
@@ -268,89 +255,6 @@ class SimilarityConfig:
     """Peak learning rate of AdamW."""
     seed: int = 0
     """Seed of weights, scenes and noise."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A balancing rule with every switch set."""
-
-    kind: Literal["solve", "weighted-sum", "uniform"]
-    solver: str
-    gram: Literal["batch", "halves", "consecutive", "moments", "moment_halves"]
-    decay: float
-    shrink: bool
-    metric: Literal["euclidean", "adam"]
-    step: Literal["batch", "moments"]
-    prior: tuple[float, ...]
-    softmin: float
-    keep: float
-    gradients: Literal["signal", "full"]
-    normalize: bool
-    refresh_every: int
-    rho: float
-    guard: float
-    amortize: Literal["norm_corrected", "paper"]
-    rows: Literal["shared", "k_pass"]
-
-
-_MIN_NORM = Rule(
-    kind="solve",
-    solver="min-norm",
-    gram="batch",
-    decay=0.0,
-    shrink=False,
-    metric="euclidean",
-    step="batch",
-    prior=(),
-    softmin=0.0,
-    keep=0.0,
-    gradients="signal",
-    normalize=True,
-    refresh_every=10,
-    rho=0.7,
-    guard=0.5,
-    amortize="norm_corrected",
-    rows="shared",
-)
-_RULES = {
-    "soft-min": dataclasses.replace(_MIN_NORM, solver="prior", softmin=4.0, keep=0.5),
-    "marble-paper": dataclasses.replace(_MIN_NORM, gradients="full", guard=0.0, amortize="paper"),
-    "marble": _MIN_NORM,
-    "noise-aware": dataclasses.replace(
-        _MIN_NORM, solver="noise-aware", gram="moment_halves", decay=0.8, refresh_every=1
-    ),
-    "weighted-sum": dataclasses.replace(_MIN_NORM, kind="weighted-sum"),
-    "uniform": dataclasses.replace(_MIN_NORM, kind="uniform"),
-}
-
-
-def rule_of(config: Config) -> Rule:
-    """The balancing rule of a run: its name's defaults, then the switches that were set.
-
-    A rule that does not solve refreshes to measure alone, every ``log.measure_every`` steps.
-
-    A solver of one's own is not guarded: the guard's bound is about the shortest direction.
-
-    Example:
-        >>> rule_of(Config(balance="marble-paper", solve=SolveConfig(refresh_every=1))).gradients
-        'full'
-    """
-    base = _RULES.get(config.balance, dataclasses.replace(_MIN_NORM, solver=config.balance, guard=0.0))
-    if base.kind != "solve" or (config.solve.solver or base.solver) == "prior":
-        base = dataclasses.replace(base, refresh_every=config.log.measure_every)
-    names = {f.name for f in dataclasses.fields(Rule)}
-    given = {k: v for k, v in vars(config.solve).items() if k in names and v is not None}
-    return dataclasses.replace(base, **given)
-
-
-def refreshes_at(rule: Rule, step: int) -> bool:
-    """Whether a rule takes all gradients at this step, counted from 0; never with an interval of 0.
-
-    Example:
-        >>> [refreshes_at(rule_of(Config(balance="marble")), step) for step in (0, 5, 10)]
-        [True, False, True]
-    """
-    return rule.refresh_every > 0 and step % rule.refresh_every == 0
 
 
 def is_world(base: str) -> bool:

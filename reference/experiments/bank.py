@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reference.config.settings import Config, SolveConfig, rule_of, training_times
+from reference.config.settings import Config, training_times
 from reference.policy.adapters import Policy, load_adapter
 from reference.policy.base import Base
 from reference.policy.load import load_model
@@ -19,10 +19,10 @@ from reference.prompts.pool import Pool, all_prompts, pool_of
 from reference.rewards.scorer import Scorer
 from reference.run.inputs import prepare
 from reference.run.state import newest
-from reference.step.balance import Step, init_balance, signal_weights
-from reference.step.batch import advantages, sample_epoch, step_rows
+from reference.step.batch import Weighed, advantages, sample_epoch, step_rows
 from reference.step.gains import Progress, gains_of
-from reference.step.gradients import all_rows
+from reference.step.gradients import Asked, all_rows
+from reference.step.method import by_raw_sum
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Indices = np.ndarray[Any, np.dtype[np.int64]]
@@ -81,22 +81,16 @@ def _units(
 ) -> Tensor:
     """Gradients of ``count`` units ``[count, K + 2, P]``, from epochs of their own."""
     config = dataclasses.replace(config, seed=config.seed + _OTHER_SEED)
-    n, rule, found = (
-        config.rollout.images_per_prompt,
-        rule_of(dataclasses.replace(config, balance="weighted-sum", solve=SolveConfig())),
-        [],
-    )
-    K = len(config.rewards)
-    balance = init_balance(K, rule, {})
-    prior = torch.full((K,), 1 / K, dtype=torch.float64)
-    weigh = signal_weights(rule, balance, config.loss.a_max, Step(True, prior, None, None))
+    n, a_max, found = config.rollout.images_per_prompt, config.loss.a_max, []
+    of_sum = lambda A, A_sum: by_raw_sum(A, A_sum, A_sum, a_max)  # noqa: E731
+    asked = Asked(of_sum, False, config.optim.micro_batch)
     for epoch in itertools.count():
         rollout = sample_epoch(policy, base, scorer, pool, config, epoch)
         A, A_sum = advantages(rollout.scores, config)
         for unit in range(config.rollout.prompts_per_epoch):
             index = torch.arange(unit * n, (unit + 1) * n)
-            rows = step_rows(base, rollout, A, A_sum, index, config, epoch, unit)
-            h, shared, *_ = all_rows(policy, rows, rule, config.loss, weigh, config.optim.micro_batch)
+            rows = step_rows(base, Weighed(rollout, A, A_sum, epoch), index, config, unit)
+            h, shared, *_ = all_rows(policy, rows, config.loss, asked, len(rows.half))
             row = torch.cat([torch.cat([h[name].flatten(1), shared[name].flatten()[None]]) for name in h], dim=1)
             found.append(_sketched(row.cpu(), sketch))
             if len(found) == count:

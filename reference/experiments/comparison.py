@@ -12,11 +12,12 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from reference.config.settings import Config, rule_of, training_times
+from reference.config.settings import Config, training_times
 from reference.config.toml import to_toml
 from reference.errors import ConfigError
 from reference.experiments.records import number, records
 from reference.experiments.statistics import Array, Estimate, crossed_interval, percentile, smallest, student
+from reference.step.method import method_of
 
 _PENS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
@@ -300,11 +301,11 @@ def _curves_figure(runs: Mapping[str, Sequence[Run]], names: Sequence[str]) -> F
 
 def rows_a_solve(config: Config) -> int | None:
     """Rows behind each solve; None for a rule that solves nothing."""
-    rule = rule_of(config)
-    if rule.kind != "solve" or rule.solver == "prior":
+    method = method_of(config)
+    if not method.solves:
         return None
     images = config.rollout.prompts_per_epoch * config.rollout.images_per_prompt / config.optim.steps_per_epoch
-    memory = (1 + rule.decay) / (1 - rule.decay) if "moment" in rule.gram else 1
+    memory = 1 if method.memory is None else (1 + method.memory) / (1 - method.memory)
     return round(images * (config.loss.timesteps_per_image or training_times(config)) * memory)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,34 +11,36 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from marble_core import min_norm_weights, psd_part, soft_min_weights
+from marble_core import min_norm_weights, psd_part
+from marble_core.rules import Evidence
 from reference.config.checks import validate
-from reference.config.settings import Config, Rule, SolveConfig, rule_of
+from reference.config.settings import Config
 from reference.errors import ConfigError
 from reference.experiments import tilt
 from reference.experiments.bank import Array, Bank, Indices, collect
-from reference.step.balance import solve
-from reference.step.estimate import Signal, shrunk
+from reference.experiments.candidates import coefficients_of
 
 _BLOCKS = 10  # of the jackknife
 _PARTITIONS = 8  # of the training units into batches
 _PENS = [(color, dash) for dash in ("solid", "dashed") for color in ("#000000", "#0072b2", "#d55e00", "#009e73")]
 
-# Rules by label: a direction from the rows of a batch. The first two have nothing to solve.
-RULES: dict[str, tuple[str, SolveConfig]] = {
-    "weighted-sum": ("weighted-sum", SolveConfig()),
-    "uniform": ("uniform", SolveConfig()),
-    "marble-paper": ("marble-paper", SolveConfig()),
-    "marble": ("marble", SolveConfig()),
-    "min-norm, halves": ("marble", SolveConfig(gram="halves", shrink=True)),
-    "raw min-norm, halves": ("marble", SolveConfig(gram="halves", normalize=False, guard=0.0)),
-    "upgrad, halves": ("reference.experiments.peers:upgrad", SolveConfig(gram="halves", normalize=False)),
-    "cone": ("soft-min", SolveConfig(solver="cone", softmin=0.0)),
-    "noise-aware": ("noise-aware", SolveConfig()),
-    "soft-min": ("soft-min", SolveConfig()),
-}
+SUM = "weighted-sum"  # has a gradient of its own
+# Directions from the rows of a batch; those of FULL are of the whole loss.
+RULES = (
+    SUM,
+    "uniform",
+    "marble-paper",
+    "marble",
+    "min-norm, halves",
+    "raw min-norm, halves",
+    "upgrad, halves",
+    "cone",
+    "noise-aware",
+    "soft-min",
+)
+BETWEEN = "marble-paper, between solves"
+FULL = ("marble-paper", BETWEEN)
 
 
 class Point(NamedTuple):
@@ -105,9 +106,9 @@ def diagnose(config: Config, *, run: Path | None, units: int, held_out: int, ske
     bank = Bank(saved["gram"].numpy(), units, saved["rows"], saved["gains"])
     names = list(config.rewards)
     signal = signal_of(bank, len(names))
-    table = {label: curve(bank, label, config, signal.best) for label in RULES}
+    table = {label: curve(bank, label, len(names), signal.best) for label in RULES}
     units_a_step = max(1, config.rollout.prompts_per_epoch // config.optim.steps_per_epoch)
-    possible = limits(bank, config)
+    possible = limits(bank, len(names))
     parts = (_tables(bank, names, signal, table, run), _limit_table(names, possible))
     text = "\n\n".join([*parts, tilt.table(bank, names, units_a_step)])
     (folder / "diagnose.md").write_text(text + "\n", encoding="utf-8")
@@ -171,19 +172,13 @@ def _jackknife(values: Array) -> Array:
     return error
 
 
-def curve(bank: Bank, label: str, config: Config, best: float) -> list[Point]:
+def curve(bank: Bank, label: str, K: int, best: float) -> list[Point]:
     """One rule at growing numbers of units behind a solve."""
-    name, switches = RULES[label]
-    rule = rule_of(dataclasses.replace(config, balance=name, solve=switches))
-    K = len(config.rewards)
-    gains = bank.gains
-    prior = torch.tensor(rule.prior or [1.0] * K, dtype=torch.float64)
-    prior = soft_min_weights(gains, prior, rule.softmin, keep=rule.keep)
     sizes = sorted({bank.training // 2**i for i in range(1, 20) if bank.training // 2**i >= 2})
-    return [_point(bank, rule, prior, n, K, best) for n in sizes]
+    return [_point(bank, label, n, K, best) for n in sizes]
 
 
-def _point(bank: Bank, rule: Rule, prior: Tensor, n: int, K: int, best: float) -> Point:
+def _point(bank: Bank, label: str, n: int, K: int, best: float) -> Point:
     """One rule with ``n`` units a solve, over batches that share no unit, in several random partitions."""
     M, U = bank.training, bank.gram.shape[0]
     blocks = np.array_split(np.arange(M, U), _BLOCKS)
@@ -194,7 +189,7 @@ def _point(bank: Bank, rule: Rule, prior: Tensor, n: int, K: int, best: float) -
     for _ in range(_PARTITIONS):
         groups = rng.permutation(M)[: M // n * n].reshape(-1, n)
         for i, g in enumerate(groups):
-            x = direction(bank, rule, prior, g, K)
+            x = direction(bank, label, g, K)
             H = bank.gram[g][:, :, g].mean((0, 2))
             norm = math.sqrt(max(x @ H @ x, 1e-300))
             other = groups[(i + 1) % len(groups)]
@@ -235,7 +230,7 @@ def _smallest(x: Array) -> float:
     return float(smallest.mean()) if np.isfinite(smallest).all() else math.nan
 
 
-def direction(bank: Bank, rule: Rule, prior: Tensor, units: Indices, K: int) -> Array:
+def direction(bank: Bank, label: str, units: Indices, K: int) -> Array:
     """Coefficients ``[K + 2]`` of a rule's direction, from the units of a batch, over their mean gradients.
 
     Without the shared part, which every rule adds to its step alike; one that balances full gradients has it in them.
@@ -243,33 +238,28 @@ def direction(bank: Bank, rule: Rule, prior: Tensor, units: Indices, K: int) -> 
     H = bank.gram[units][:, :, units].mean((0, 2))
     a, b = units[: len(units) // 2], units[len(units) // 2 :]
     pairs = bank.gram[a][:, :K][:, :, b][:, :, :, :K]
-    scatter = np.einsum("ikjk->ijk", pairs).std((0, 1)) / math.sqrt(len(a) * len(b))
-    return _coefficients(rule, prior, H, pairs.mean((0, 2)), scatter)
+    C, scatter = pairs.mean((0, 2)), np.einsum("ikjk->ijk", pairs).std((0, 1)) / math.sqrt(len(a) * len(b))
+    certainty = C.diagonal() / np.where(scatter > 0, scatter, np.nan)
+    return _coefficients(label, H, Evidence(None, torch.from_numpy(C), bank.gains, torch.from_numpy(certainty)))
 
 
-def _coefficients(rule: Rule, prior: Tensor, H: Array, C: Array, error: Array) -> Array:
+def _coefficients(label: str, H: Array, evidence: Evidence) -> Array:
     """Coefficients ``[K + 2]`` of a rule's direction.
 
     Args:
         H: ``[K + 2, K + 2]``, Gram of the mean gradients.
-        C: ``[K, K]``, unbiased Gram of the signals.
-        error: ``[K]``, standard error of its diagonal.
+        evidence: what the rule sees beside it.
     """
-    K = len(C)
+    K = len(H) - 2
     x = np.zeros(K + 2)
-    if rule.kind != "solve":
-        x[:K], x[K] = (1 / K, 0.0) if rule.kind == "uniform" else (0.0, 1.0)
+    if label == SUM:
+        x[K] = 1.0
         return x
     h = H[:K, :K]
-    if rule.gradients == "full":
+    if label in FULL:
         h = h + H[:K, K + 1 :] + H[K + 1 :, :K] + H[K + 1, K + 1]
-    fit = shrunk if rule.solver == "noise-aware" else psd_part
-    noise, cross = torch.from_numpy(h), torch.from_numpy(C)
-    gram = fit(cross) if rule.gram in ("halves", "moment_halves") else noise
-    square, nothing = torch.from_numpy(C.diagonal().copy()), torch.full((K,), torch.nan, dtype=torch.float64)
-    signal = Signal(gram, square, torch.from_numpy(error), nothing, nothing, None, noise, cross)
-    x[:K] = solve(rule, signal, prior).coefficients.numpy()
-    if rule.gradients == "full":
+    x[:K] = coefficients_of(label, evidence._replace(gram=torch.from_numpy(h)), K).numpy()
+    if label in FULL:
         x[K + 1] = x[:K].sum()
     return x
 
@@ -286,26 +276,16 @@ class Limit(NamedTuple):
     coefficients: Array
 
 
-def limits(bank: Bank, config: Config) -> dict[str, Limit]:
+def limits(bank: Bank, K: int) -> dict[str, Limit]:
     """What every rule would do without noise: the unbiased Gram of all groups takes the place of a batch's.
 
-    The paper's rule has two rows: a step at a refresh, and a step between two refreshes, where its weights of unit
-    gradients are applied to the raw ones.
+    The paper's rule has two rows: a step at a solve, and a step between two solves, where its weights of unit gradients
+    are applied to the raw ones.
     """
-    K = len(config.rewards)
-    S = unbiased(bank)
-    psd = psd_part(torch.from_numpy(S)).numpy()
-    prior = torch.full((K,), 1.0 / K, dtype=torch.float64)
-    sure, found = np.zeros(K), {}
-    for label, (name, switches) in RULES.items():
-        rule = rule_of(dataclasses.replace(config, balance=name, solve=switches))
-        tilted = soft_min_weights(bank.gains, prior, rule.softmin, keep=rule.keep)
-        found[label] = _coefficients(rule, tilted, psd, psd[:K, :K], sure)
-    paper = found["marble-paper"].copy()
-    norms = np.sqrt(psd.diagonal()[:K] + 2 * psd[:K, K + 1] + psd[K + 1, K + 1])
-    paper[:K] *= norms / (paper[:K] * norms).sum()
-    paper[K + 1] = paper[:K].sum()
-    found["marble-paper, between refreshes"] = paper
+    psd = psd_part(torch.from_numpy(unbiased(bank))).numpy()
+    sure = torch.full((K,), torch.inf, dtype=torch.float64)
+    evidence = Evidence(None, torch.from_numpy(psd[:K, :K].copy()), bank.gains, sure)
+    found = {label: _coefficients(label, psd, evidence) for label in (*RULES, BETWEEN)}
     unit = np.append(np.full(K, 1 / K), [0.0, 0.0])
     mean = float(_gain(psd, unit)[:K].mean())
     return {

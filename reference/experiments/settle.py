@@ -9,28 +9,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from marble_core import (
-    combine_rows,
-    cone_weights,
-    cross_alignment,
-    cross_gram,
-    gram_matrix,
-    harmonize,
-    noise_aware_weights,
-    shrink_gram,
-    signal_gram,
-    soft_min_weights,
-)
-from reference.config.settings import Config, Rule, SolveConfig, rule_of
+from marble_core import combine_rows, cross_alignment, cross_gram, gram_matrix, harmonize
+from marble_core.rules import Evidence
+from reference.config.settings import Config
 from reference.errors import ConfigError
-from reference.experiments.peers import upgrad
+from reference.experiments.candidates import coefficients_of
 from reference.policy.adapters import Policy, adapter_state, load_adapter
 from reference.policy.base import Base
 from reference.policy.load import load_model
@@ -38,54 +28,19 @@ from reference.prompts.pool import all_prompts
 from reference.run.inputs import Inputs, prepare
 from reference.run.intervals import change
 from reference.run.state import newest
-from reference.step.balance import Step, init_balance, signal_weights
-from reference.step.batch import advantages, sample_epoch, step_rows
+from reference.step.batch import Weighed, advantages, sample_epoch, step_rows
 from reference.step.estimate import Tree
 from reference.step.gains import Progress, gains_of
 from reference.step.generation import evaluate, prompt_means, within_std
-from reference.step.gradients import Rows, all_rows, part_of
+from reference.step.gradients import Asked, Rows, all_rows, part_of
+from reference.step.method import by_raw_sum
 
 _OTHER_SEED = 2000  # so that no batch is one that the run was trained on
 _FRESH = 100_000  # the number of the batch that all directions are compared with
 
 
-class Evidence(NamedTuple):
-    """What a rule may look at.
-
-    Attributes:
-        gram: ``[K, K]``, of the batch's gradients.
-        signal: ``[K, K]``, of the signals: unbiased, shrunk by its error.
-        gain: ``[K]``, of the rewards so far; NaN at the base policy.
-    """
-
-    gram: Tensor
-    signal: Tensor
-    gain: Tensor
-
-
-def _uniform(e: Evidence) -> Tensor:
-    return torch.full_like(e.gain, 1 / len(e.gain))
-
-
-def _soft_min(e: Evidence) -> Tensor:
-    return soft_min_weights(e.gain, _uniform(e), 4.0, keep=0.5)
-
-
-def _between_refreshes(e: Evidence) -> Tensor:
-    """The paper's step between two refreshes: weights of unit gradients, applied to the raw ones."""
-    return harmonize(e.gram).weights
-
-
-# Coefficients of the raw gradients [K] by rule; the raw sum of rewards has a gradient of its own.
-RULES: dict[str, Callable[[Evidence], Tensor]] = {
-    "uniform": _uniform,
-    "soft-min": _soft_min,
-    "marble": lambda e: harmonize(e.gram).coefficients,
-    "marble-paper, between refreshes": _between_refreshes,
-    "noise-aware": lambda e: noise_aware_weights(e.signal, e.gram).coefficients,
-    "cone": lambda e: cone_weights(e.signal, _uniform(e), step_gram=e.gram),
-    "upgrad": lambda e: upgrad(e.gram),
-}
+# The raw sum of rewards has a gradient of its own.
+RULES = ("uniform", "soft-min", "marble", "marble-paper, between solves", "noise-aware", "cone", "upgrad")
 SUM = "weighted-sum"
 
 
@@ -148,10 +103,9 @@ def gradients(bench: Bench, number: int, prompts: int) -> Batch:
     A, A_sum = advantages(rollout.scores, config)
     half = torch.arange(len(A)) // config.rollout.images_per_prompt % 2
     index = torch.cat([(half == side).nonzero().flatten() for side in (0, 1)])
-    rows = step_rows(bench.base, rollout, A, A_sum, index, config, number, 0)
-    rule = rule_of(dataclasses.replace(config, balance=SUM, solve=SolveConfig()))
+    rows = step_rows(bench.base, Weighed(rollout, A, A_sum, number), index, config, 0)
     first = int((rows.half == 0).sum())
-    parts = [_gradients_of(bench, part_of(rows, side), rule) for side in (slice(first), slice(first, None))]
+    parts = [_gradients_of(bench, part_of(rows, side)) for side in (slice(first), slice(first, None))]
     share = first / len(rows.half)
     weights = (share, 1 - share)
     a, b = ({k: 2 * w * x[:-1] for k, x in h.items()} for w, (h, _) in zip(weights, parts, strict=True))
@@ -160,21 +114,19 @@ def gradients(bench: Bench, number: int, prompts: int) -> Batch:
     return Batch(a, b, total, shared)  # type: ignore[arg-type]
 
 
-def _gradients_of(bench: Bench, rows: Rows, rule: Rule) -> tuple[Tree, Tree]:
+def _gradients_of(bench: Bench, rows: Rows) -> tuple[Tree, Tree]:
     """Gradients of all rewards and of the raw sum ``[K + 1, ...]``, and of the shared part, over some rows."""
-    K, loss = rows.A.shape[1], bench.config.loss
-    prior = torch.full((K,), 1 / K, dtype=torch.float64)
-    weigh = signal_weights(rule, init_balance(K, rule, {}), loss.a_max, Step(True, prior, None, None))
-    part = all_rows(bench.policy, rows, rule, loss, weigh, bench.config.optim.micro_batch)
+    loss = bench.config.loss
+    of_sum = lambda A, A_sum: by_raw_sum(A, A_sum, A_sum, loss.a_max)  # noqa: E731
+    part = all_rows(bench.policy, rows, loss, Asked(of_sum, False, bench.config.optim.micro_batch), len(rows.half))
     return part.h, part.shared
 
 
 def directions(batch: Batch, gain: Tensor) -> tuple[dict[str, Tree], dict[str, Tensor], Evidence]:
     """The gradient that each rule would hand to the optimiser, its coefficients, and what it looked at."""
     h = {k: (batch.a[k] + batch.b[k]) / 2 for k in batch.a}
-    signal, _ = shrink_gram(signal_gram(cross_gram(batch.a, batch.b).cpu()))
-    evidence = Evidence(gram_matrix(h).cpu(), signal, gain)
-    coefficients = {label: rule(evidence) for label, rule in RULES.items()}
+    evidence = Evidence(gram_matrix(h).cpu(), cross_gram(batch.a, batch.b).cpu(), gain)
+    coefficients = {label: coefficients_of(label, evidence, len(gain)) for label in RULES}
     found = {SUM: batch.total} | {label: combine_rows(h, c) for label, c in coefficients.items()}
     whole = {label: {k: x + batch.shared[k] for k, x in tree.items()} for label, tree in found.items()}
     return whole, coefficients, evidence
@@ -229,6 +181,7 @@ def try_batch(bench: Bench, number: int, setting: Setting, before: Tensor, other
             pairs = zip(before.T.tolist(), after.T.tolist(), strict=True)
             changes[f"{label} @ {size:g}"] = {k: change(x, y)[:3] for k, (x, y) in zip(names, pairs, strict=True)}
     h = {k: (batch.a[k] + batch.b[k]) / 2 for k in batch.a}
+    assert evidence.gram is not None
     solved = harmonize(evidence.gram)
     cosines = {
         kind: {label: float(cross_alignment(d, rows).minimum) for label, d in found.items()}

@@ -13,6 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from marble_core import SLOW_DECAY, STANDARD_DECAY, ema_tree, old_policy_decay
+
 Adapter = Literal["default", "old", "base"]
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -196,3 +198,9 @@ def lora_layers(policy: Policy, state: Mapping[str, Tensor]) -> dict[str, Tensor
         * (policy.scale if ".lora_B." in name else 1.0)
         for name, x in state.items()
     }
+
+
+def follow_old(policy: Policy, step: int, schedule: Literal["standard", "slow"]) -> None:
+    """Let the policy that samples follow the trained one."""
+    decay = old_policy_decay(step, SLOW_DECAY if schedule == "slow" else STANDARD_DECAY)
+    load_adapter(policy, "old", ema_tree(parameters(policy, "old"), parameters(policy), decay))

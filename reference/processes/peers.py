@@ -43,6 +43,7 @@ class World:
         local_rank: rank among those of this machine.
         device: where this process adds up with the others.
         store: what all can read and write without waiting for each other; None where there is but one.
+        sharded: whether they share the base model's weights, and so need each other in every pass.
     """
 
     rank: int = 0
@@ -50,18 +51,20 @@ class World:
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     store: Store | None = None
+    sharded: bool = False
 
 
 ALONE = World()
 
 
-def connect(device: str) -> World:
+def connect(device: str, *, sharded: bool = False) -> World:
     """Find the other processes of a launcher (``torchrun``, ``accelerate launch``); without one there are none.
 
     They communicate by NCCL between GPUs and by Gloo between CPUs.
 
     Args:
         device: of the configuration.
+        sharded: whether the processes share the base model's weights.
 
     Raises:
         ConfigError: the launcher has not said who this process is, or all would share one GPU.
@@ -84,7 +87,7 @@ def connect(device: str) -> World:
     attempt = f"marble/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     run = server.add(f"{attempt}/connected/{state.process_index}", 1)  # each run of a process has keys of its own
     store = PrefixStore(f"{attempt}/{run}", server)
-    return World(state.process_index, size, state.local_process_index, state.device, store)
+    return World(state.process_index, size, state.local_process_index, state.device, store, sharded)
 
 
 def share_of(total: int, world: World) -> range:
@@ -278,6 +281,18 @@ def check_peers(world: World) -> None:
             raise PeerError(world.store.get("failure").decode())
     except DistError as error:
         raise PeerError("the process that connects the others is gone; see its output.") from error
+
+
+def begin_pass(world: World) -> None:
+    """Go on to a pass of the model, unless another process has failed; processes that need each other in it meet.
+
+    Raises:
+        PeerError: one has failed.
+    """
+    if world.sharded:
+        meet(world)
+    else:
+        check_peers(world)
 
 
 def meet(world: World) -> None:

@@ -5,13 +5,21 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from reference.config.settings import Config
 from reference.run.intervals import interval
 from reference.run.live import save_grid
 from reference.run.state import Run, State
 from reference.step.generation import evaluate, first_images, prompt_means, within_std
 
 
-def evaluate_held_out(run: Run, state: State, name: str) -> None:
+def evaluation_due(config: Config, state: State) -> bool:
+    """Whether this state is to be evaluated, and has not been."""
+    every, epoch = config.log.eval_every, state.epoch
+    wanted = epoch in (0, config.epochs) or (every > 0 and epoch % every == 0)
+    return wanted and state.part == 0 and state.evaluated < epoch
+
+
+def evaluate_held_out(run: Run, state: State) -> None:
     """Score held-out prompts with the averaged weights, record the means, and save a grid of the first images.
 
     Raises:
@@ -19,6 +27,8 @@ def evaluate_held_out(run: Run, state: State, name: str) -> None:
         PeerError: another process failed.
     """
     log, inputs, live = run.config.log, run.inputs, run.live
+    last = state.epoch == run.config.epochs
+    name = "before" if state.epoch == 0 else "after" if last else f"epoch-{state.epoch:04d}"
     live.phase(state.epoch, "evaluating")
     scores, images = evaluate(
         run.policy,

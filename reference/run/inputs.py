@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from reference.config.settings import SOLVERS, Config, rule_of
+from reference.config.settings import Config
 from reference.errors import ConfigError
-from reference.interfaces import Prompt, load_callable
+from reference.interfaces import Prompt
 from reference.prompts.pool import Pool, all_prompts, held_out_prompts, repeated_prompts, training_pool
 from reference.rewards.scorer import Scorer, scorer_of
 
@@ -34,8 +34,6 @@ def prepare(config: Config) -> Inputs:
     Raises:
         ConfigError: one of them cannot be used.
     """
-    if rule_of(config).solver not in SOLVERS:
-        load_callable(config.balance, "balance")
     pool, held_out = training_pool(config), held_out_prompts(config)
     _check_held_out(held_out, pool)
     trained = scorer_of(config, config.rewards)

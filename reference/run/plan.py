@@ -8,24 +8,24 @@ from typing import NamedTuple
 
 import torch
 
-from reference.config.settings import Config, Rule, is_world, pulls, refreshes_at, rule_of, training_times
+from reference.config.settings import Config, is_world, pulls, training_times
 from reference.config.toml import to_toml
 from reference.errors import ConfigError
 from reference.policy.adapters import parameters, target_layers, velocity
 from reference.policy.load import load_model
 from reference.prompts.pool import all_prompts, held_out_prompts, training_pool
+from reference.step.method import method_of
 
 _BYTES = 4  # float32
 
 
 class _Work(NamedTuple):
-    """What a run does: images and timesteps of an epoch, steps, those that solve, those that compute K gradients."""
+    """What a run does: images and timesteps of an epoch, steps, those that compute K gradients."""
 
     images: int
     J: int
     steps: int
     refreshes: int
-    all_rows: int
 
 
 def plan(config: Config) -> str:
@@ -46,41 +46,30 @@ def plan(config: Config) -> str:
 
 def _work(config: Config) -> _Work:
     """Count."""
-    r, rule = config.rollout, rule_of(config)
+    r, every = config.rollout, method_of(config).every
     steps = config.epochs * config.optim.steps_per_epoch
-    return _Work(
-        images=r.prompts_per_epoch * r.images_per_prompt,
-        J=config.loss.timesteps_per_image or training_times(config),
-        steps=steps,
-        refreshes=sum(refreshes_at(rule, step) for step in range(steps)),
-        all_rows=sum(refreshes_at(rule, step) for step in range(steps)),
-    )
-
-
-def _backwards(rule: Rule, K: int) -> float:
-    """Backward passes of a refresh."""
-    return {"shared": 2.0, "k_pass": K + 1.0}[rule.rows]
+    J = config.loss.timesteps_per_image or training_times(config)
+    return _Work(r.prompts_per_epoch * r.images_per_prompt, J, steps, math.ceil(steps / every) if every else 0)
 
 
 def _counts(config: Config, work: _Work) -> dict[str, str]:
     """Lines about what is done, whatever the model."""
-    r, rule, K, images = config.rollout, rule_of(config), len(config.rewards), work.images
+    r, method, K, images = config.rollout, method_of(config), len(config.rewards), work.images
     rows = images * work.J
     return {
-        "rule": f"{config.balance}: {rule}",
+        "rule": config.balance,
         "rewards": f"K = {K}: {', '.join(config.rewards)}",
         "an epoch": f"{r.prompts_per_epoch} prompts x {r.images_per_prompt} images = {images} images",
         "rows": f"{images} x {work.J} timesteps = {rows}, {rows // config.optim.steps_per_epoch} a step",
         "run": f"{config.epochs} epochs = {work.steps} optimiser steps = {config.epochs * images} images",
-        "refreshes": f"{work.refreshes}, every {rule.refresh_every} steps, with {_backwards(rule, K):.0f} backward "
-        "passes each" + (", to measure cosines" if rule.kind != "solve" or rule.solver == "prior" else ""),
+        "refreshes": f"{work.refreshes}, every {method.every} steps, with 2 backward passes each"
+        + ("" if method.solves else ", to measure cosines"),
     }
 
 
 def _memory(config: Config, P: int) -> dict[str, str]:
     """Lines about what the adapters, their optimiser and K gradients take."""
-    rule, K = rule_of(config), len(config.rewards)
-    kept = {"moments": 1, "moment_halves": 2, "consecutive": 1}.get(rule.gram, int(rule.step == "moments"))
+    K, kept = len(config.rewards), 2 if method_of(config).memory is not None else 0
     # two adapters, EMA, Adam, gradient, step before and shared; K rows of two halves and their sum, and what is kept
     memory = P * _BYTES * (2 + 1 + 2 + 1 + 2 + (3 + kept) * K)
     return {
@@ -94,7 +83,7 @@ def _time(config: Config, work: _Work, forward: float, train: float) -> dict[str
     """Lines about time, from seconds of a forward pass, and of forward and backward, of one image."""
     r, log = config.rollout, config.log
     others = 2.0 if pulls(config.loss) else 1.0  # forward passes of the old policy and of the base
-    more = (_backwards(rule_of(config), len(config.rewards)) - 1) * work.all_rows / max(work.steps, 1)
+    more = work.refreshes / max(work.steps, 1)  # of a second backward pass
     epoch = work.images * (r.steps * forward + work.J * (train + others * forward + more * (train - forward)))
     evaluations = 1 + math.ceil(config.epochs / (log.eval_every or config.epochs))
     total = config.epochs * epoch + evaluations * log.eval_prompts * log.eval_images * log.eval_steps * forward

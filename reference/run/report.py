@@ -23,7 +23,7 @@ from reference.run.intervals import Interval, change, interval, verdict, wilson
 from reference.run.watch import LONGER
 
 _EVAL, _TRAINING, _APPLIED = ("eval", "rewards"), ("epoch", "rewards"), ("step", "coefficients")
-_SMOOTHED, _NORMS, _SECONDS = ("refresh", "smoothed"), ("refresh", "norms"), ("epoch", "seconds")
+_WEIGHTS, _NORMS, _SECONDS = ("refresh", "weights"), ("refresh", "norms"), ("epoch", "seconds")
 _GAINS, _SHARES = ("epoch", "gains"), ("refresh", "signal_share")
 _RECENT = 10  # refreshes behind the conflict matrix
 _Estimate = tuple[float, float, float]  # mean, and the bounds of its 95 % interval
@@ -114,23 +114,23 @@ def write_report(run: Path) -> Path:
     """
     loaded, title = _load(run), run.resolve().name
     runs = {title: loaded}
-    names = _names([loaded], _EVAL, _TRAINING, _APPLIED, _SMOOTHED, _NORMS, _GAINS, _SHARES)
+    names = _names([loaded], _EVAL, _TRAINING, _APPLIED, _WEIGHTS, _NORMS, _GAINS, _SHARES)
     pens = dict(zip(names, itertools.cycle(_PENS), strict=False))
-    weights = "Weight of each reward in the direction, averaged over past refreshes."
+    weights = "Weight of each reward's unit gradient in the direction, at each refresh; all together 1."
     factors = "What each reward's gradient is multiplied by at a step, its scale included."
     lengths = "Length of each reward's gradient at each refresh, on a log axis; a gap is a reward without a gradient."
     progress = "How far each reward has come on training prompts, in standard deviations, as the soft minimum sees it."
     signal = "Signal's share of each squared gradient norm, averaged over refreshes; noise alone is on both sides of 0."
     gains = _figure("Gains so far", progress, loaded.curves(_GAINS, pens), wide=True)
     shares = _figure("Signal shares", signal, loaded.curves(_SHARES, pens), wide=True)
-    smoothed = _figure("Smoothed weights", weights, loaded.curves(_SMOOTHED, pens), wide=True)
+    in_units = _figure("Weights", weights, loaded.curves(_WEIGHTS, pens), wide=True)
     applied = _figure("Applied coefficients", factors, loaded.curves(_APPLIED, pens), wide=True)
     norms = _figure("Norms", lengths, loaded.curves(_NORMS, pens), wide=True, log=True)
     config = f"<details><summary>config.toml</summary><pre>{escape(loaded.config)}</pre></details>"
     sections = (
         *(_answer(runs), _summary(runs), _rewards(runs), _held_out(runs, pens, by_run=False), _images(runs)),
         _conflict_matrix(loaded),
-        _section("Coefficients", "coefficients", "", smoothed, applied, gains),
+        _section("Coefficients", "coefficients", "", in_units, applied, gains),
         _cosines(runs),
         _section("Gradient norms", "gradient norms", "", norms, shares),
         *(_health(loaded), _warnings(loaded)),

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils import _pytree as pytree
 
-from reference.config.settings import Config, LogConfig, Rule, ScoringConfig
+from reference.config.settings import Config, LogConfig, ScoringConfig
 from reference.config.toml import from_toml, to_toml
 from reference.errors import CheckpointError, ConfigError
 from reference.policy.adapters import Policy, adapter_state, load_adapter, lora_layers
@@ -26,16 +26,17 @@ from reference.run.watch import Health
 from reference.step.balance import Balance
 from reference.step.estimate import Tree
 from reference.step.gains import Progress
+from reference.step.method import Method
 
 LORA = "pytorch_lora_weights.safetensors"
-VERSION = 2  # of the checkpoint format
+VERSION = 3  # of the checkpoint format
 
 
 class Run(NamedTuple):
     """What a run is: nothing here is replaced while it goes on, though the policy's weights change."""
 
     config: Config
-    rule: Rule
+    method: Method
     base: Base
     policy: Policy
     optimizer: torch.optim.Optimizer
@@ -71,8 +72,7 @@ def open_run(config: Config, resume: bool) -> None:
             f"--resume: {run} has no checkpoint to go on from; nothing was changed. Check --run, or start another run "
             "without --resume."
         )
-    started = run / "config.toml"
-    if resume and started.exists() and _essentials(from_toml(started, Config())) != _essentials(config):
+    if resume and _other_run(run / "config.toml", config):
         raise ConfigError(
             f"--resume: the run in {run} was started with another configuration (see its config.toml). Only epochs, "
             "threads, devices, what memory depends on, and the log and scoring tables may change; start another run "
@@ -84,6 +84,24 @@ def open_run(config: Config, resume: bool) -> None:
         (run / "metrics.jsonl").touch()
     except OSError as error:
         raise ConfigError(f"run: cannot write to {run}: {error}. Choose another --run.") from error
+
+
+def _other_run(started: Path, config: Config) -> bool:
+    """Whether a run was started with another configuration.
+
+    Raises:
+        ConfigError: by another version, whose configurations had other keys.
+    """
+    if not started.exists():
+        return False
+    try:
+        before = from_toml(started, Config())
+    except ConfigError as error:
+        raise ConfigError(
+            f"--resume: {started} is of another version ({error}) Go on with the version that wrote it, or start "
+            "another run."
+        ) from error
+    return _essentials(before) != _essentials(config)
 
 
 def begun(run: Path) -> bool:

@@ -17,7 +17,7 @@ from reference.processes.peers import ALONE, World, share_of
 from reference.prompts.pool import Pool, prompts_of_epoch
 from reference.rewards.scorer import Scorer, score_images
 from reference.step.generation import gather_scores, generate_batches, generator, noise_of
-from reference.step.gradients import Rows, Whole
+from reference.step.gradients import PER_ROW, Rows, Whole, part_of
 from reference.step.rollout import times
 
 
@@ -124,25 +124,25 @@ def halves_of(index: Tensor, config: Config) -> Tensor:
 def whole_step(index: Tensor, config: Config, world: World) -> Whole:
     """What a step of these images is over all processes."""
     half = halves_of(index, config)
-    most = (0, 0, 0)
-    if config.model.shard:
-        N, J = config.rollout.prompts_per_epoch * config.rollout.images_per_prompt, len(half) // len(index)
-        shares = [share_of(N, World(rank, world.size)) for rank in range(world.size)]
-        image = index.repeat_interleave(J)
-        owned = torch.stack([(image >= share.start) & (image < share.stop) for share in shares])
-        first, second, both = (int(x.sum(1).max()) for x in (owned[:, half == 0], owned[:, half == 1], owned))
-        most = first, second, both
-    return Whole(world, int((half == 0).sum()), len(half), most)
+    return Whole(world, int((half == 0).sum()), len(half))
 
 
-def step_rows(
-    base: Base, rollout: Rollout, A: Tensor, A_sum: Tensor, index: Tensor, config: Config, epoch: int, part: int
-) -> Rows:
+class Weighed(NamedTuple):
+    """An epoch's images with their advantages ``[N, K]`` and those of the raw sum ``[N]``, in ``config``'s epoch."""
+
+    rollout: Rollout
+    A: Tensor
+    A_sum: Tensor
+    epoch: int
+
+
+def step_rows(base: Base, weighed: Weighed, index: Tensor, config: Config, part: int, world: World = ALONE) -> Rows:
     """Rows of one step: each of its images at some of the sampler's own times, with fresh noise.
 
-    Of several processes, each gets the rows of its own images, the same ones whatever their number is.
+    Of several processes, each gets the rows of its own images, the same ones whatever their number is; where they share
+    the base, all get equally many, filled up with rows of weight 0.
     """
-    random = generator(config.seed, "rows", epoch, part)
+    rollout, random = weighed.rollout, generator(config.seed, "rows", weighed.epoch, part)
     schedule = times(base.scheduler, config.rollout.steps)[: training_times(config)]
     J = config.loss.timesteps_per_image or len(schedule)
     chosen = torch.rand(len(index), len(schedule), generator=random).argsort(1)[:, :J].flatten()
@@ -155,7 +155,33 @@ def step_rows(
     table = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     embeds, pooled = base.encode(list(table) or [rollout.prompts[0].text])
     prompt = torch.tensor([table[text] for text in texts], dtype=torch.int64)
-    half = halves_of(index, config)[own]
-    return Rows(
-        rollout.x0[place[own]], noise, schedule[chosen[own]], embeds, pooled, A[image], A_sum[image], half, prompt
-    )
+    half = halves_of(index, config)
+    rows = Rows(
+        rollout.x0[place[own]], noise, schedule[chosen[own]], embeds, pooled, weighed.A[image], weighed.A_sum[image],
+        half[own], prompt, torch.ones(len(own)),
+    )  # fmt: skip
+    return filled_up(rows, *_busiest(index, half, config, world)) if world.sharded else rows
+
+
+def _busiest(index: Tensor, half: Tensor, config: Config, world: World) -> tuple[int, int]:
+    """The most rows that any process has in the first half of a step, and in the second."""
+    N, J = config.rollout.prompts_per_epoch * config.rollout.images_per_prompt, len(half) // len(index)
+    shares = [share_of(N, World(rank, world.size)) for rank in range(world.size)]
+    image = index.repeat_interleave(J)
+    owned = torch.stack([(image >= share.start) & (image < share.stop) for share in shares])
+    return int(owned[:, half == 0].sum(1).max()), int(owned[:, half == 1].sum(1).max())
+
+
+def filled_up(rows: Rows, first: int, second: int) -> Rows:
+    """Rows of weight 0 behind either half, until there are ``first`` and ``second``."""
+    own = int((rows.half == 0).sum())
+    a, b = part_of(rows, slice(own)), part_of(rows, slice(own, None))
+    parts = [a, _blank(rows, first - own, 0), b, _blank(rows, second - (len(rows.half) - own), 1)]
+    return rows._replace(**{name: torch.cat([getattr(x, name) for x in parts]) for name in PER_ROW})
+
+
+def _blank(rows: Rows, count: int, half: int) -> Rows:
+    """Rows of nothing, of which all that is computed is finite."""
+    blank = {name: (x := getattr(rows, name)).new_zeros(count, *x.shape[1:]) for name in PER_ROW}
+    blank |= {"t": blank["t"] + 0.5, "noise": blank["noise"] + 1.0, "half": blank["half"] + half}
+    return rows._replace(**blank)

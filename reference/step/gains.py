@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from reference.config.settings import Config
 from reference.interfaces import Scores
+from reference.prompts.pool import Pool, all_prompts
 
 _ROUNDING = 2.0**-20  # a spread below this share of the rewards themselves is float32's rounding, not a spread
 _STEP = 0.1  # standard deviations by which a gain may change in an epoch, before anything is seen
+_FIRST_EPOCHS = 10  # at most so many tell the spread of rewards at the start, the unit of gains
 _EPOCHS = 64  # told apart at most; beyond that, old ones are joined in pairs
 _RECENT = 32  # of them, the newest, which stay apart
 
@@ -75,6 +79,11 @@ def update_progress(
         freedom,
     )
     return _joined(longer)
+
+
+def learns_spread(epoch: int, pool: Pool, config: Config) -> bool:
+    """Whether an epoch tells the spread of rewards at the start: once through the prompts, but not for long."""
+    return epoch < min(math.ceil(len(all_prompts(pool)) / config.rollout.prompts_per_epoch), _FIRST_EPOCHS)
 
 
 def _joined(state: Progress) -> Progress:

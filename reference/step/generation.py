@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from reference.interfaces import Prompt, Scores
 from reference.policy.adapters import Adapter, Policy, merged, velocity, weights_of
 from reference.policy.base import Base
-from reference.processes.peers import ALONE, World, check_peers, gather_rows, meet, share_of
+from reference.processes.peers import ALONE, World, begin_pass, gather_rows, share_of
 from reference.rewards.scorer import Scorer, score_images
 from reference.step.rollout import Sampler, sample
 
@@ -24,21 +26,21 @@ def generator(seed: int, *purpose: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def noise_of(own: Tensor | range, total: int, shape: Sequence[int], random: torch.Generator) -> Tensor:
-    """Some rows, in ascending order, of ``torch.randn(total, *shape, generator=random)``, in memory for those alone.
+def noise_of(own: Tensor | range, total: int, shape: Sequence[int], draws: torch.Generator) -> Tensor:
+    """Some rows, in ascending order, of ``torch.randn(total, *shape, generator=draws)``, in memory for those alone.
 
     Args:
         own: their numbers.
         total: of rows.
         shape: of a row.
-        random: is left as if all had been drawn.
+        draws: is left as if all had been drawn.
     """
     if len(own) == total:
-        return torch.randn(total, *shape, generator=random)
+        return torch.randn(total, *shape, generator=draws)
     numbers, found = torch.as_tensor(own, dtype=torch.int64), torch.empty(len(own), *shape)
     # torch draws normals in blocks of 16, so that chunks of multiples of 16 rows give the same numbers as one draw
     for start in range(0, total, _ROWS):
-        chunk = torch.randn(min(_ROWS, total - start), *shape, generator=random)
+        chunk = torch.randn(min(_ROWS, total - start), *shape, generator=draws)
         here = (numbers >= start) & (numbers < start + _ROWS)
         found[here] = chunk[numbers[here] - start]
     return found
@@ -68,7 +70,7 @@ def generate_batches(
     Args:
         noise: ``[N, C, H, W]``, what each image begins with.
         total: how many images all processes make, if these prompts are one process's share of them. Where they share
-            the base, a process with fewer batches makes its first one again, for the others' sake.
+            the base, a process with fewer images draws some more, for the others' sake, and throws them away.
         world: the processes.
 
     Raises:
@@ -77,18 +79,18 @@ def generate_batches(
     table = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
     embeds, pooled = base.encode(list(table))
     place = torch.tensor([table[prompt] for prompt in prompts], device=embeds.device)
-    most = -(-(total or 0) // world.size) if policy.sharded else 0
-    for start in range(0, max(len(prompts), most), batch):
-        meet(world) if policy.sharded else check_peers(world)
-        needed = start < len(prompts)
-        here = slice(start, start + batch) if needed else slice(batch)
-        part = place[here]
-        condition = (embeds[part], pooled[part])
+    N, most = len(prompts), -(-(total or 0) // world.size) if world.sharded else 0
+    extra = max(0, most - N)  # drawn for the others' sake
+    place = torch.cat([place, place.new_zeros(extra)])
+    noise = torch.cat([noise, noise.new_zeros(extra, *noise.shape[1:])])
+    for start in range(0, N + extra, batch):
+        begin_pass(world)
+        here = slice(start, start + batch)
+        condition = (embeds[place[here]], pooled[place[here]])
         flow = lambda x, t, condition=condition: velocity(policy, x, t, condition)  # noqa: E731
         with torch.no_grad(), merged(policy, adapter):
-            x = noise[here].to(base.device)
-            x0 = sample(flow, x, base.scheduler, sampler=sampler, steps=steps)
-        if needed:
+            x0 = sample(flow, noise[here].to(base.device), base.scheduler, sampler=sampler, steps=steps)[: N - start]
+        if start < N:
             yield x0, base.decode(x0)
 
 
@@ -164,3 +166,12 @@ def within_std(scores: Scores, images: int) -> Tensor:
     count = (~x.isnan()).sum(1)
     squares = (x - x.nanmean(1, keepdim=True)).square().nansum((0, 1))
     return (squares / (count - 1).clamp(min=0).sum(0)).sqrt()
+
+
+def seed_everything(seed: int, epoch: int, world: World) -> None:
+    """Seed the global generators, for rewards that use them, differently on each process."""
+    purpose = ("global", epoch, world.rank)[: 3 if world.rank else 2]
+    value = int(torch.randint(2**31, (), generator=generator(seed, *purpose)))
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from marble_core import affine_terms, branch_losses, interpolation, shared_cotangent_rows
-from reference.config.settings import LossConfig, Rule, pulls
+from reference.config.settings import LossConfig, pulls
 from reference.policy.adapters import Policy, active, merged, parameters, velocity
-from reference.processes.peers import ALONE, World, all_reduce, check_peers, meet
+from reference.processes.peers import ALONE, World, all_reduce, begin_pass
 from reference.step.estimate import Tree
 
 # From advantages [B, K] and those of the weighted sum [B] to the weight of each row's reward part [B].
@@ -32,6 +32,7 @@ class Rows(NamedTuple):
         A_sum: ``[B]``, advantages of the weighted sum of the raw rewards.
         half: ``[B]``, 0 and then 1: the two halves share no prompt.
         prompt: ``[B]``, which of the P prompts is a row's.
+        weight: ``[B]``, 1, or 0 for a row that only keeps this process in step with others.
     """
 
     x0: Tensor
@@ -43,9 +44,10 @@ class Rows(NamedTuple):
     A_sum: Tensor
     half: Tensor
     prompt: Tensor
+    weight: Tensor
 
 
-_PER_ROW = tuple(name for name in Rows._fields if name not in ("embeds", "pooled"))
+PER_ROW = tuple(name for name in Rows._fields if name not in ("embeds", "pooled"))
 
 
 class Whole(NamedTuple):
@@ -55,14 +57,11 @@ class Whole(NamedTuple):
         world: the processes.
         first: rows of the step's first half.
         total: rows of the step.
-        most: where processes share the base, the most rows that any of them has in the first half, in the second, and
-            in both: so many they all run.
     """
 
     world: World
     first: int
     total: int
-    most: tuple[int, int, int] = (0, 0, 0)
 
 
 class Part(NamedTuple):
@@ -83,27 +82,14 @@ class Part(NamedTuple):
 
 def part_of(rows: Rows, part: slice) -> Rows:
     """Some of the rows, with the embeddings of all prompts."""
-    return rows._replace(**{name: getattr(rows, name)[part] for name in _PER_ROW})
+    return rows._replace(**{name: getattr(rows, name)[part] for name in PER_ROW})
 
 
-def micro_batches(rows: Rows, size: int, world: World = ALONE, most: int = 0) -> Iterator[tuple[Rows, bool]]:
-    """The rows, ``size`` at a time, where the model is; not to the end if another process has failed meanwhile.
-
-    Yields:
-        ``(rows, True)``, and then, for the sake of processes with ``most`` rows, ``(rows, False)``: to be computed, for
-        the others wait in every pass, and thrown away.
-    """
-    B = rows.x0.shape[0]
-    for start in range(0, max(B, most), size):
-        meet(world) if most else check_peers(world)
-        part = part_of(rows, slice(start, start + size)) if start < B else _idle(rows, size)
-        yield Rows(*(x.to(rows.embeds.device) for x in part)), start < B
-
-
-def _idle(rows: Rows, size: int) -> Rows:
-    """Rows of nothing, of the shape of a micro-batch."""
-    blank = {name: (x := getattr(rows, name)).new_zeros(size, *x.shape[1:]) for name in _PER_ROW}
-    return rows._replace(**blank | {"t": torch.full_like(blank["t"], 0.5)})
+def micro_batches(rows: Rows, size: int, world: World = ALONE) -> Iterator[Rows]:
+    """The rows, ``size`` at a time, where the model is; not to the end if another process has failed meanwhile."""
+    for start in range(0, rows.x0.shape[0], size):
+        begin_pass(world)
+        yield Rows(*(x.to(rows.embeds.device) for x in part_of(rows, slice(start, start + size))))
 
 
 def one_gradient(
@@ -121,12 +107,10 @@ def one_gradient(
     """
     B, trained = whole.total, parameters(policy)
     total, sums = _zeros(trained), _no_sums(rows)
-    for part, counts in micro_batches(rows, micro_batch, whole.world, whole.most[2]):
+    for part in micro_batches(rows, micro_batch, whole.world):
         prox, signal, pulled, log = _terms(policy, part, loss)
-        objective = (prox_scale * prox + weigh(part.A, part.A_sum) * signal + pulled).sum() / B
+        objective = (part.weight * (prox_scale * prox + weigh(part.A, part.A_sum) * signal + pulled)).sum() / B
         found = torch.autograd.grad(objective, list(trained.values()))
-        if not counts:
-            continue
         for x, g in zip(total.values(), found, strict=True):
             x += g
         _add(sums, log | {"loss": objective.detach() * B})
@@ -134,28 +118,42 @@ def one_gradient(
     return total, {name: float(x) / B for name, x in sums.items()}
 
 
-def halves(rows: Rows, whole: Whole) -> list[tuple[Rows, int, int]]:
-    """This process's rows of either half, how many all processes have, and the most that one has; undivided where one
-    half is empty."""
+def halves(rows: Rows, whole: Whole) -> list[tuple[Rows, int]]:
+    """This process's rows of either half, and how many all processes have; undivided where one half is empty."""
     if whole.first in (0, whole.total):  # a single image: nothing to compare it with
-        return [(rows, whole.total, whole.most[2])]
-    own, end = int((rows.half == 0).sum()), rows.x0.shape[0]
-    first, second, _ = whole.most
-    return [
-        (part_of(rows, slice(own)), whole.first, first),
-        (part_of(rows, slice(own, end)), whole.total - whole.first, second),
-    ]
+        return [(rows, whole.total)]
+    own = int((rows.half == 0).sum())
+    first, second = part_of(rows, slice(own)), part_of(rows, slice(own, None))
+    return [(first, whole.first), (second, whole.total - whole.first)]
 
 
-def joined(parts: list[Part], whole: Whole, K: int) -> tuple[Tree, Tree, Tree, Tree, Tree, dict[str, float]]:
-    """All K gradients of the reward part, as means over either half of the rows; the last row of each (what the
-    coefficients at hand make of them, if that was asked for), the shared part and the pull, over all rows; and what
-    to log."""
+class Joined(NamedTuple):
+    """The gradients of a whole step.
+
+    Attributes:
+        a: ``[K, *shape]``, of the reward part, as means over the first half of the rows.
+        b: over the second half.
+        own: ``[*shape]``, what ``weigh`` made of them; where it was not asked for, the last reward's.
+        shared: of the shared part, over all rows.
+        pull: of the pull to the base, where it is not in the shared part; else empty.
+        metrics: means over all rows, to log.
+    """
+
+    a: Tree
+    b: Tree
+    own: Tree
+    shared: Tree
+    pull: Tree
+    metrics: dict[str, float]
+
+
+def joined(parts: list[Part], whole: Whole, K: int) -> Joined:
+    """The parts of a step put together: both halves, or all rows where there is but one."""
     B, first = whole.total, whole.first
     if len(parts) == 1:
         h, shared, pull, sums = parts[0]
         rows, own = {name: x[:K] for name, x in h.items()}, {name: x[-1] for name, x in h.items()}
-        return rows, rows, own, shared, pull, {name: float(x) / B for name, x in sums.items()}
+        return Joined(rows, rows, own, shared, pull, {name: float(x) / B for name, x in sums.items()})
     (h_a, shared_a, pull_a, sums_a), (h_b, shared_b, pull_b, sums_b) = parts
     p, q = first / B, 1 - first / B
     a, b = ({name: 2 * share * x[:K] for name, x in h.items()} for share, h in ((p, h_a), (q, h_b)))
@@ -165,67 +163,62 @@ def joined(parts: list[Part], whole: Whole, K: int) -> tuple[Tree, Tree, Tree, T
         for tree, other in ((shared_a, shared_b), (pull_a, pull_b))
     )
     means = {name: p * (float(x) / first) + q * (float(sums_b[name]) / (B - first)) for name, x in sums_a.items()}
-    return a, b, own, shared, pull, means
+    return Joined(a, b, own, shared, pull, means)
 
 
-def all_rows(
-    policy: Policy,
-    rows: Rows,
-    rule: Rule,
-    loss: LossConfig,
-    weigh: Weigh | None,
-    micro_batch: int,
-    total: int | None = None,
-    world: World = ALONE,
-    most: int = 0,
-    *,
-    verify: bool = False,
-) -> Part:
-    """All K gradients of the reward part (with one more for ``weigh``), and those of the shared part and of the pull to
-    the base, over the rows. A rule that balances full gradients scales the shared part, and never the pull: only then
-    they are apart.
+class Asked(NamedTuple):
+    """What is wanted of some rows.
+
+    Attributes:
+        weigh: one gradient more, of the reward part weighed so; or None.
+        full: the rule balances full gradients, and scales the shared part but never the pull: they are then apart.
+        micro_batch: rows at a time.
+        verify: compare the gradients of the first micro-batch with autograd's, by one more backward pass.
+    """
+
+    weigh: Weigh | None
+    full: bool
+    micro_batch: int
+    verify: bool = False
+
+
+def all_rows(policy: Policy, rows: Rows, loss: LossConfig, asked: Asked, total: int, world: World = ALONE) -> Part:
+    """All K gradients of the reward part, those of the shared part and of the pull to the base, over the rows.
 
     Args:
         total: the number of rows over which means are taken, where other processes have some of them.
         world: these processes; what they have is not added here.
-        most: rows that each of them computes where they share the base, its own ones or none's.
-        verify: compare the gradients of the first micro-batch with autograd's, by one more backward pass.
     """
-    B, K, trained = total or rows.x0.shape[0], rows.A.shape[1], parameters(policy)
+    B, K, trained = total, rows.A.shape[1], parameters(policy)
     h: Tree = {}
-    shared: Tree = {}
-    apart = rule.gradients == "full" and pulls(loss)
-    pull = _zeros(trained) if apart else {}
-    sums = _no_sums(rows)
-    for part, counts in micro_batches(rows, micro_batch, world, most):
+    shared, sums = _zeros(trained), _no_sums(rows)
+    pull = _zeros(trained) if asked.full and pulls(loss) else {}
+    verify = asked.verify
+    for part in micro_batches(rows, asked.micro_batch, world):
         columns = interpolation(part.A, a_max=loss.a_max) - 0.5
-        if weigh is not None:
-            columns = torch.cat([columns, weigh(part.A, part.A_sum).unsqueeze(-1)], dim=-1)
+        if asked.weigh is not None:
+            columns = torch.cat([columns, asked.weigh(part.A, part.A_sum).unsqueeze(-1)], dim=-1)
+        columns = columns * part.weight.unsqueeze(-1)
         log: dict[str, Tensor] = {}
 
-        def forward(part: Rows = part, log: dict[str, Tensor] = log, counts: bool = counts) -> tuple[Tensor, Tensor]:
+        def forward(part: Rows = part, log: dict[str, Tensor] = log) -> tuple[Tensor, Tensor]:
             prox, signal, pulled, seen = _terms(policy, part, loss)
             log.update(seen)
-            mean = pulled.sum() / B
-            if not apart:
-                return signal, prox.sum() / B + mean
+            mean = (part.weight * pulled).sum() / B
+            if not pull:
+                return signal, (part.weight * prox).sum() / B + mean
             found = torch.autograd.grad(mean, list(trained.values()), retain_graph=True)
-            if counts:
-                _add(pull, dict(zip(trained, found, strict=True)))
-            return signal, prox.sum() / B
+            _add(pull, dict(zip(trained, found, strict=True)))
+            return signal, (part.weight * prox).sum() / B
 
-        fallback = "all" if rule.rows == "k_pass" else "error"
-        result = shared_cotangent_rows(forward, policy.model, columns / B, fallback=fallback, verify=verify)  # type: ignore[arg-type]
+        result = shared_cotangent_rows(forward, policy.model, columns / B, verify=verify)
         verify = False
-        if not counts:
-            continue
         _add(h, result.rows)
         _add(shared, result.shared)
         assert result.shared_loss is not None
         _add(sums, log | {"loss": result.shared_loss * B})
     if not h:  # no rows of this process
-        shared = _zeros(trained)
-        h = {name: p.new_zeros(K + (weigh is not None), *p.shape) for name, p in shared.items()}
+        h = {name: p.new_zeros(K + (asked.weigh is not None), *p.shape) for name, p in shared.items()}
     return Part(h, shared, pull, sums)
 
 
@@ -254,14 +247,14 @@ def _terms(policy: Policy, rows: Rows, loss: LossConfig) -> tuple[Tensor, Tensor
         kl, base_length = _mean_square(v - v_ref), _mean_square(v_ref).sqrt()
         excess = (_mean_square(v).sqrt() - base_length).clamp(min=0)
         pulled = loss.kl_weight * kl + loss.norm_guard * excess.square()
-    log = {
-        "kl": kl.detach().sum(),
-        "drift": _mean_square((v - v_old).detach()).sum(),
-        "v_norm": _mean_square(v.detach()).sqrt().sum(),
-        "v_norm_base": base_length.sum(),
-        "x0_abs": rows.x0.abs().flatten(1).mean(1).sum(),
+    each = {
+        "kl": kl.detach(),
+        "drift": _mean_square((v - v_old).detach()),
+        "v_norm": _mean_square(v.detach()).sqrt(),
+        "v_norm_base": base_length,
+        "x0_abs": rows.x0.abs().flatten(1).mean(1),
     }
-    return prox, signal, pulled, log
+    return prox, signal, pulled, {name: (rows.weight * x).sum() for name, x in each.items()}
 
 
 def _mean_square(x: Tensor) -> Tensor:

@@ -1,0 +1,89 @@
+"""A run before its first step: everything loaded, its folder open, its state fresh or from a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from reference.config.settings import Config
+from reference.errors import ConfigError
+from reference.policy.adapters import Policy, adapter_state, parameters
+from reference.policy.base import Base
+from reference.policy.load import load_model
+from reference.processes.peers import World, first_on_machine, meet, require_enough
+from reference.prompts.pool import all_prompts
+from reference.run import checkpoint
+from reference.run.inputs import Inputs, prepare
+from reference.run.live import Live, check_trackers
+from reference.run.state import Run, State, open_run, restore_state
+from reference.run.watch import init_health
+from reference.step.balance import init_balance
+from reference.step.gains import init_progress
+from reference.step.method import method_of
+
+
+@contextlib.contextmanager
+def opened(config: Config, resume: bool, world: World) -> Iterator[tuple[Run, State, dict[str, Any] | None]]:
+    """A run, its state, and the generators' state where it was saved within an epoch.
+
+    Raises:
+        ConfigError: something cannot be used; the run folder is as it was.
+    """
+    main = world.rank == 0
+    if main:
+        check_trackers(config.log.trackers)
+    meet(world)
+    method = method_of(config)
+    base, policy, inputs, optimizer = _loaded(config, world)
+    if main:
+        open_run(config, resume)
+    meet(world)
+    live = Live(config.run, config.log.trackers, config.epochs, main=main)
+    try:
+        run = Run(config, method, base, policy, optimizer, inputs, world, live)
+        yield run, *(_resumed(run) if resume else (_fresh(run), None))
+    finally:
+        live.close()
+
+
+def _loaded(config: Config, world: World) -> tuple[Base, Policy, Inputs, torch.optim.Optimizer]:
+    """Load everything that a run needs, before its folder is touched."""
+    with first_on_machine(world):
+        inputs = prepare(config)
+    base, policy = load_model(config, [p.text for p in [*all_prompts(inputs.pool), *inputs.held_out]], world)
+    images = config.rollout.prompts_per_epoch * config.rollout.images_per_prompt
+    seen = len(inputs.held_out) * config.log.eval_images
+    require_enough({"images of an epoch": images, "images of an evaluation": seen}, world)
+    o = config.optim
+    optimizer = torch.optim.AdamW(
+        parameters(policy).values(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, eps=o.eps
+    )
+    return base, policy, inputs, optimizer
+
+
+def _fresh(run: Run) -> State:
+    """The state before the first epoch."""
+    K, policy = len(run.config.rewards), run.policy
+    balance = init_balance(K, run.method, parameters(policy))
+    return State(0, 0, 0, -1, 0, adapter_state(policy, "default"), balance, None, init_progress(K), init_health())
+
+
+def _resumed(run: Run) -> tuple[State, dict[str, Any] | None]:
+    """The newest whole checkpoint, and the generators' state where it was saved within an epoch.
+
+    Raises:
+        ConfigError: all checkpoints are damaged; they and the records are left as they are.
+    """
+    folder = run.config.run / "checkpoints"
+    saved = checkpoint.latest(folder)
+    if saved is None:
+        raise ConfigError(
+            f"--resume: no checkpoint in {folder} can be used; nothing was changed. Put a whole one back, or start "
+            "another run with another --run and without --resume."
+        )
+    state = restore_state(run, saved, _fresh(run))
+    run.live.start(state.epoch)
+    return state, saved["rng"] if state.part > 0 else None
