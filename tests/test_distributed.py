@@ -44,7 +44,7 @@ from reference.processes.peers import (
     share_of,
     together,
 )
-from reference.run import checkpoint
+from reference.run import checkpoint, opening
 from reference.step import balance
 from reference.step.batch import images_of_steps
 from reference.step.generation import first_images, noise_of
@@ -109,7 +109,7 @@ def count_frozen() -> None:
         print(f"{config.run.name} holds {held / sum(p.numel() for p in frozen):.3f}")
         return base, policy
 
-    train_module.load_model = spy  # type: ignore[attr-defined]
+    opening.load_model = spy  # type: ignore[attr-defined]
 
 
 def interrupt(this: bool) -> None:
