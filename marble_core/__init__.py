@@ -38,6 +38,7 @@ from marble_core.ema import (
     refresh_due,
     update_coefficients,
 )
+from marble_core.gains import GainState, gains_since_start, init_gains, update_gains
 from marble_core.gradients import combine_rows, flatten_rows, gradient_rows, unflatten_like
 from marble_core.gram import cross_gram, gram_matrix, normalize_gram, psd_part
 from marble_core.harmonize import Harmonization, harmonize
@@ -78,6 +79,7 @@ __all__ = [
     "AlignmentSummary",
     "Coefficients",
     "DecaySchedule",
+    "GainState",
     "GramEma",
     "GroupStats",
     "Guard",
@@ -102,6 +104,7 @@ __all__ = [
     "ema_tree",
     "eval_ema_decay",
     "flatten_rows",
+    "gains_since_start",
     "gradient_rows",
     "gradient_snr",
     "gram_matrix",
@@ -109,6 +112,7 @@ __all__ = [
     "harmonize",
     "init_alignment_stats",
     "init_coefficients",
+    "init_gains",
     "init_gram_ema",
     "init_group_stats",
     "init_moments",
@@ -135,6 +139,7 @@ __all__ = [
     "unflatten_like",
     "update_alignment_stats",
     "update_coefficients",
+    "update_gains",
     "update_gram_ema",
     "update_group_stats",
     "update_moments",

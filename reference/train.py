@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from marble_core import ema_tree, eval_ema_decay
+from marble_core import ema_tree, eval_ema_decay, gains_since_start, update_gains
 from reference.config.checks import validate
 from reference.config.settings import Config
 from reference.errors import Interrupted, TrainingError, with_the_way_on
 from reference.policy.adapters import follow_old, parameters
 from reference.processes.devices import tf32
 from reference.processes.peers import World, any_of, check_equal, connect, stop_on_interrupt, together
+from reference.prompts.pool import learns_spread, prompt_numbers
 from reference.run import checkpoint
 from reference.run.held_out import evaluate_held_out, evaluation_due
 from reference.run.opening import opened
@@ -25,7 +26,6 @@ from reference.run.watch import end_epoch, observe_step
 from reference.step.balance import Step, is_finite, step_gradient
 from reference.step.batch import Rollout, Weighed, advantages, images_of_steps, sample_epoch, step_rows, whole_step
 from reference.step.estimate import Tree
-from reference.step.gains import gains_of, learns_spread, update_progress
 from reference.step.generation import seed_everything
 from reference.step.gradients import Rows
 from reference.step.method import raw_sum_weights
@@ -102,12 +102,13 @@ def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None)
     config, clock, cpu = run.config, [time.monotonic()], time.process_time()
     try:
         rollout = _sampled(run, state, clock)
-        texts, images = [prompt.text for prompt in rollout.prompts], config.rollout.images_per_prompt
+        values, applicable = rollout.scores
+        numbers = prompt_numbers(rollout.prompts, run.inputs.pool)
         learning = learns_spread(state.epoch, run.inputs.pool, config)
-        progress = update_progress(state.progress, texts, rollout.scores, images, learning=learning)
-        if not progress.images.any():
+        so_far = update_gains(state.gains, values, numbers, applicable=applicable, learning=learning)
+        if not so_far.images.any():
             raise TrainingError(_NOTHING_APPLIES)
-        gains = gains_of(progress)
+        gains = gains_since_start(so_far)
         run.live.phase(state.epoch, "training")
         A, A_sum = advantages(rollout.scores, config)
         weighed, raw_sum = Weighed(rollout, A, A_sum, state.epoch), raw_sum_weights(A, A_sum)
@@ -137,9 +138,9 @@ def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None)
     follow_old(run.policy, state.step, config.optim.old_decay)
     clock.append(time.monotonic())
     health, warnings = end_epoch(state.health, state.epoch)
-    notes = epoch_notes(A, rollout.scores, progress, config.rewards) + warnings
+    notes = epoch_notes(A, rollout.scores, so_far, config.rewards) + warnings
     log_epoch(run, state, rollout.scores, gains, clock, time.process_time() - cpu, notes)
-    return state._replace(epoch=state.epoch + 1, part=0, progress=progress, health=health)
+    return state._replace(epoch=state.epoch + 1, part=0, gains=so_far, health=health)
 
 
 def _sampled(run: Run, state: State, clock: list[float]) -> Rollout:

@@ -138,6 +138,23 @@ CASES: dict[str, Case] = {
     "normalize_gram": Case(mc.normalize_gram, lambda d, s: (psd(d, s),), dtypes=HALF),
     "psd_part": Case(mc.psd_part, lambda d, s: (rand(3, 3, dtype=d, seed=s),), dtypes=HALF),
     # noise
+    "init_gains": Case(lambda: mc.init_gains(3), lambda d, s: (), "float64", batched=False),
+    "update_gains": Case(
+        lambda state, R: mc.update_gains(state, R, GROUPS, learning=False),
+        lambda d, s: (mc.init_gains(2), rand(len(GROUPS), 2, dtype=d, seed=s)),
+        "float64",
+        batched=False,
+        blind=False,
+        dtypes=HALF,
+    ),
+    "gains_since_start": Case(
+        lambda R: mc.gains_since_start(mc.update_gains(mc.init_gains(2), R, GROUPS)),
+        lambda d, s: (rand(len(GROUPS), 2, dtype=d, seed=s),),
+        "float64",
+        batched=False,
+        blind=False,
+        dtypes=HALF,
+    ),
     "init_gram_ema": Case(lambda: mc.init_gram_ema(3), lambda d, s: (), "float64", batched=False),
     "update_gram_ema": Case(
         lambda state, G: mc.update_gram_ema(state, G, decay=0.9),

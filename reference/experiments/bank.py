@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from marble_core import GainState, gains_since_start
 from reference.config.settings import Config, training_times
 from reference.policy.adapters import Policy, load_adapter
 from reference.policy.base import Base
@@ -20,7 +21,6 @@ from reference.rewards.scorer import Scorer
 from reference.run.inputs import prepare
 from reference.run.state import newest
 from reference.step.batch import Weighed, advantages, sample_epoch, step_rows
-from reference.step.gains import Progress, gains_of
 from reference.step.gradients import Asked, all_rows
 from reference.step.method import by_raw_sum
 
@@ -54,7 +54,7 @@ def collect(config: Config, run: Path | None, units: int, held_out: int, sketch:
         state = newest(run)
         load_adapter(policy, "default", state["default"])
         load_adapter(policy, "old", state["old"])
-        gains = gains_of(Progress(*state["progress"]))
+        gains = gains_since_start(GainState(*state["gains"]))
     blocks = [
         _units(policy, base, inputs.trained, prompts, config, count, sketch)
         for prompts, count in ((inputs.pool, units), (pool_of(inputs.held_out), held_out))

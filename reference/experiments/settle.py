@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from marble_core import combine_rows, cross_alignment, cross_gram, gram_matrix, harmonize
+from marble_core import (
+    GainState,
+    combine_rows,
+    cross_alignment,
+    cross_gram,
+    gains_since_start,
+    gram_matrix,
+    harmonize,
+)
 from marble_core.rules import Evidence
 from reference.config.settings import Config
 from reference.errors import ConfigError
@@ -30,7 +38,6 @@ from reference.run.intervals import change
 from reference.run.state import newest
 from reference.step.batch import Weighed, advantages, sample_epoch, step_rows
 from reference.step.estimate import Tree
-from reference.step.gains import Progress, gains_of
 from reference.step.generation import evaluate, prompt_means, within_std
 from reference.step.gradients import Asked, Rows, all_rows, part_of
 from reference.step.method import by_raw_sum
@@ -82,7 +89,7 @@ def open_bench(config: Config, run: Path | None) -> Bench:
         state = newest(run)
         load_adapter(policy, "default", state["default"])
         load_adapter(policy, "old", state["old"])
-        gain, optimizer = gains_of(Progress(*state["progress"])), state["optimizer"]
+        gain, optimizer = gains_since_start(GainState(*state["gains"])), state["optimizer"]
     return Bench(config, base, policy, inputs, gain, optimizer)
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from reference.config.settings import REWARDS, Config, is_world
 from reference.errors import ConfigError
@@ -15,6 +19,8 @@ from reference.interfaces import Prompt, plain_prompts
 from reference.prompts.files import mixture_of_epoch, passes, read_mixture
 from reference.text_files import prompt_lines
 from reference.world.scenes import KINDS, prompt_of, random_scene, tokens
+
+_FIRST_EPOCHS = 10  # at most so many tell the spread of rewards at the start, the unit of gains
 
 
 class Pool(NamedTuple):
@@ -147,3 +153,16 @@ def prompts_of_epoch(pool: Pool, count: int, seed: int, epoch: int) -> list[Prom
     if len(pool.sources) == 1:
         return passes(pool.sources[0], epoch * count, (epoch + 1) * count, seed)
     return mixture_of_epoch(pool.sources, pool.weights, count, seed, epoch)
+
+
+def prompt_numbers(prompts: Sequence[Prompt], pool: Pool) -> Tensor:
+    """The place in its pool of each prompt, ``[N]``; one text has one number, however often it is there."""
+    place: dict[str, int] = {}
+    for number, prompt in enumerate(all_prompts(pool)):
+        place.setdefault(prompt.text, number)
+    return torch.tensor([place[prompt.text] for prompt in prompts])
+
+
+def learns_spread(epoch: int, pool: Pool, config: Config) -> bool:
+    """Whether an epoch tells the spread of rewards at the start: once through the prompts, but not for long."""
+    return epoch < min(math.ceil(len(all_prompts(pool)) / config.rollout.prompts_per_epoch), _FIRST_EPOCHS)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from marble_core import init_gains
 from reference.config.settings import Config
 from reference.errors import ConfigError
 from reference.policy.adapters import Policy, adapter_state, parameters
@@ -21,7 +22,6 @@ from reference.run.live import Live, check_trackers
 from reference.run.state import Run, State, open_run, restore_state
 from reference.run.watch import init_health
 from reference.step.balance import init_balance
-from reference.step.gains import init_progress
 from reference.step.method import method_of
 
 
@@ -68,7 +68,7 @@ def _fresh(run: Run) -> State:
     """The state before the first epoch."""
     K, policy = len(run.config.rewards), run.policy
     balance = init_balance(K, run.method, parameters(policy))
-    return State(0, 0, 0, -1, 0, adapter_state(policy, "default"), balance, None, init_progress(K), init_health())
+    return State(0, 0, 0, -1, 0, adapter_state(policy, "default"), balance, None, init_gains(K), init_health())
 
 
 def _resumed(run: Run) -> tuple[State, dict[str, Any] | None]:

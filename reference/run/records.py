@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from marble_core import GainState
 from reference.interfaces import Scores
 from reference.run.state import Run, State
 from reference.step.balance import StepResult
-from reference.step.gains import Progress
 
 
 def log_step(run: Run, state: State, metrics: dict[str, float], result: StepResult, refresh: bool) -> None:
@@ -46,7 +46,7 @@ def log_epoch(
     live.show(state.epoch, {k: v["mean"] for k, v in summary.items() if v["mean"] is not None})
 
 
-def epoch_notes(A: Tensor, scores: Scores, progress: Progress, names: Sequence[str]) -> list[str]:
+def epoch_notes(A: Tensor, scores: Scores, gains: GainState, names: Sequence[str]) -> list[str]:
     """Warnings about an epoch's rewards: constant ones, and after 1, 2, 4, 8 epochs those that have never applied."""
     silent = (A == 0).all(0) & scores.applicable.any(0)
     notes = [
@@ -54,11 +54,11 @@ def epoch_notes(A: Tensor, scores: Scores, progress: Progress, names: Sequence[s
         for name, quiet in zip(names, silent.tolist(), strict=True)
         if quiet
     ]
-    if progress.epochs & (progress.epochs - 1):
+    if gains.epochs & (gains.epochs - 1):
         return notes
     return notes + [
-        f"reward {name!r} has applied to no image in {progress.epochs} epochs: nothing is learnt from it and its share "
+        f"reward {name!r} has applied to no image in {gains.epochs} epochs: nothing is learnt from it and its share "
         "of the weights is lost. Give prompts that it applies to, or leave it out"
-        for name, images in zip(names, progress.images.sum(0).tolist(), strict=True)
+        for name, images in zip(names, gains.images.sum(0).tolist(), strict=True)
         if not images
     ]

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils import _pytree as pytree
 
+from marble_core import GainState
 from reference.config.settings import Config, LogConfig, ScoringConfig
 from reference.config.toml import from_toml, to_toml
 from reference.errors import CheckpointError, ConfigError
@@ -25,7 +26,6 @@ from reference.run.live import Live
 from reference.run.watch import Health
 from reference.step.balance import Balance
 from reference.step.estimate import Tree
-from reference.step.gains import Progress
 from reference.step.method import Method
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -56,7 +56,7 @@ class State(NamedTuple):
     ema: Tree
     balance: Balance
     previous: Tree | None  # the gradient of the step before a refresh
-    progress: Progress
+    gains: GainState
     health: Health
     verified: bool = False  # since this process began, the gradients of a refresh were compared with autograd's
 
@@ -158,7 +158,7 @@ def save_state(run: Run, state: State, *, last: bool = False) -> None:
         "optimizer": run.optimizer.state_dict(),
         "balance": leaves,
         "previous": state.previous,
-        "progress": tuple(state.progress),
+        "gains": tuple(state.gains),
         "health": tuple(state.health),
         "given": run.inputs.given,
         "rng": checkpoint.rng_state(),
@@ -203,7 +203,7 @@ def restore_state(run: Run, saved: dict[str, Any], fresh: State) -> State:
         {name: x.to(device) for name, x in saved["ema"].items()},
         pytree.tree_unflatten(balance, spec),
         None if previous is None else {name: x.to(device) for name, x in previous.items()},
-        Progress(*saved["progress"]),
+        GainState(*saved["gains"]),
         Health(*saved["health"]),
     )
 
