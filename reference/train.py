@@ -15,20 +15,21 @@ from reference.errors import Interrupted, TrainingError, with_the_way_on
 from reference.policy.adapters import follow_old, parameters
 from reference.processes.devices import tf32
 from reference.processes.peers import World, any_of, check_equal, connect, stop_on_interrupt, together
-from reference.prompts.pool import learns_spread, prompt_numbers
+from reference.prompts.pool import images_of_epoch, learns_spread, prompt_numbers
 from reference.run import checkpoint
 from reference.run.held_out import evaluate_held_out, evaluation_due
 from reference.run.opening import opened
 from reference.run.records import epoch_notes, log_epoch, log_step
-from reference.run.report import write_report
+from reference.run.report import final_report
 from reference.run.state import Run, State, save_state
 from reference.run.watch import end_epoch, observe_step
 from reference.step.balance import Step, is_finite, step_gradient
-from reference.step.batch import Rollout, Weighed, advantages, images_of_steps, sample_epoch, step_rows, whole_step
+from reference.step.batch import Weighed, advantages, images_of_steps, step_rows, whole_step
+from reference.step.chance import generator, seed_everything
 from reference.step.estimate import Tree
-from reference.step.generation import seed_everything
 from reference.step.gradients import Rows
-from reference.step.method import raw_sum_weights
+from reference.step.method import raw_sum_weights, refreshes_at
+from reference.step.rollout import Rollout, sample_epoch, sampling_of
 
 _MAX_SKIPPED = 10  # steps in a row without a finite gradient
 _NOT_FINITE = (
@@ -64,7 +65,7 @@ def _train(config: Config, resume: bool, world: World) -> Path:
     with opened(config, resume, world) as (run, state, rng), stop_on_interrupt() as stop, tf32(run.base.device):
         check_equal({"the checkpoints' steps": torch.tensor(state.step)}, world)
         _loop(run, state, stop, rng)
-    return _report(config.run) if world.rank == 0 else config.run / "report.html"
+    return final_report(config.run) if world.rank == 0 else config.run / "report.html"
 
 
 def _loop(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None) -> None:
@@ -119,15 +120,10 @@ def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None)
             if any_of(stop[0], run.world):
                 raise Interrupted(f"stopped after step {state.step}; go on with --resume")
             rows = step_rows(run.base, weighed, parts[state.part], config, state.part, run.world)
-            step = Step(
-                refresh=run.method.every > 0 and state.step % run.method.every == 0,
-                gains=gains,
-                raw_sum=raw_sum,
-                previous=state.previous,
-                micro_batch=config.optim.micro_batch,
-                whole=whole_step(parts[state.part], config, run.world),
-                verify=not state.verified,
-            )
+            whole = whole_step(parts[state.part], config, run.world)
+            refresh = refreshes_at(run.method, state.step)
+            micro_batch, verify = config.optim.micro_batch, not state.verified
+            step = Step(refresh, gains, raw_sum, state.previous, micro_batch, whole, verify)
             state = _step(run, state, rows, step)
             if state.skipped >= _MAX_SKIPPED:
                 state = state._replace(skipped=0)
@@ -145,15 +141,17 @@ def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None)
 
 def _sampled(run: Run, state: State, clock: list[float]) -> Rollout:
     """An epoch's images and their scores; the times of sampling and scoring go into ``clock``."""
-    seed_everything(run.config.seed, state.epoch, run.world)
+    config, epoch = run.config, state.epoch
+    seed_everything(config.seed, epoch, run.world)
+    prompts = images_of_epoch(run.inputs.pool, config, epoch)
 
     def sampled() -> None:
         clock.append(time.monotonic())
-        run.live.phase(state.epoch, "scoring")
+        run.live.phase(epoch, "scoring")
 
-    run.live.phase(state.epoch, "sampling")
-    trained, pool = run.inputs.trained, run.inputs.pool
-    rollout = sample_epoch(run.policy, run.base, trained, pool, run.config, state.epoch, sampled, run.world)
+    run.live.phase(epoch, "sampling")
+    how, draws = sampling_of(config.rollout, run.world), generator(config.seed, "rollout", epoch)
+    rollout = sample_epoch(run.policy, run.base, run.inputs.trained, prompts, draws, how, sampled)
     clock.append(time.monotonic())
     return rollout
 
@@ -174,7 +172,7 @@ def _step(run: Run, state: State, rows: Rows, step: Step) -> State:
         metrics["grad_norm"] = _descend(run, result.gradient)
         decay = eval_ema_decay(state.step, config.optim.ema_cap)
         state = state._replace(ema=ema_tree(state.ema, parameters(policy), decay), balance=result.balance)
-    next_refresh = run.method.every > 0 and (state.step + 1) % run.method.every == 0
+    next_refresh = refreshes_at(run.method, state.step + 1)
     state = state._replace(
         step=state.step + 1,
         part=state.part + 1,
@@ -196,18 +194,3 @@ def _descend(run: Run, gradient: Tree) -> float:
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return length
-
-
-def _report(run: Path) -> Path:
-    """Write the report; a run without one is complete all the same.
-
-    Raises:
-        TrainingError: it could not be written.
-    """
-    try:
-        return write_report(run)
-    except (OSError, ValueError) as error:
-        raise TrainingError(
-            f"the report could not be written: {error}. The run itself is complete; write it again with "
-            f"python -m reference report --run {run}"
-        ) from error

@@ -31,8 +31,8 @@ from reference.processes.peers import ALONE, World
 from reference.step import balance as balance_module
 from reference.step import gradients as rows_module
 from reference.step.balance import Balance, Step, StepResult, init_balance, is_finite, step_gradient
-from reference.step.batch import filled_up
 from reference.step.estimate import Tree
+from reference.step.filling import filled_up
 from reference.step.gradients import PER_ROW, Rows, Whole, micro_batches
 from reference.step.method import Method, by_raw_sum, method_of, raw_sum_weights
 

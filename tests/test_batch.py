@@ -13,9 +13,10 @@ from reference.interfaces import Scores, plain_prompts
 from reference.policy.base import load_base
 from reference.processes.peers import World, share_of
 from reference.prompts.pool import world_prompts
-from reference.step.batch import Rollout, Weighed, advantages, group_of, images_of_steps, step_rows, whole_step
-from reference.step.gradients import PER_ROW, halves, micro_batches
-from reference.step.rollout import times
+from reference.step.batch import Weighed, advantages, group_of, images_of_steps, step_rows, whole_step
+from reference.step.gradients import PER_ROW, micro_batches
+from reference.step.halves import halves
+from reference.step.rollout import Rollout, times
 
 ROLLOUT = RolloutConfig(prompts_per_epoch=5, images_per_prompt=4, steps=6)
 CONFIG = dataclasses.replace(preset("tiny"), rollout=ROLLOUT, rewards=("text", "jpeg"))

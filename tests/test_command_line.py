@@ -6,13 +6,13 @@ import dataclasses
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from reference import __main__ as command_line
-from reference.__main__ import COMMANDS, main, train_arguments
+from reference.__main__ import COMMANDS, main, train_flags
+from reference.config.flags import Stress
 from reference.config.presets import preset
 from reference.config.settings import BUILT_IN_RULES
 from reference.config.toml import from_toml
@@ -64,10 +64,10 @@ def test_an_unknown_flag_is_refused_with_a_suggestion(capsys: pytest.CaptureFixt
 def test_preset_then_file_then_flags(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("epochs = 7\nseed = 7\n[optim]\nlr = 0.125\n", encoding="utf-8")
-    found = train_arguments(["--preset", "tiny", "--config", str(file), "--seed", "9"]).settings
+    found = train_flags(["--preset", "tiny", "--config", str(file), "--seed", "9"]).settings
     optim = dataclasses.replace(preset("tiny").optim, lr=0.125)
     assert found == dataclasses.replace(preset("tiny"), epochs=7, seed=9, optim=optim)
-    assert train_arguments([f"--config={file}", "--seed=9", "--preset=tiny"]).settings == found
+    assert train_flags([f"--config={file}", "--seed=9", "--preset=tiny"]).settings == found
 
 
 def test_a_bad_configuration_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,17 +103,17 @@ def test_a_bad_configuration_does_nothing(tmp_path: Path, capsys: pytest.Capture
 def test_exit_status(
     error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def command(argv: Sequence[str]) -> None:
+    def command(a: Stress) -> None:
         raise error
 
-    monkeypatch.setitem(command_line.COMMANDS, "train", (command, ""))
+    monkeypatch.setitem(command_line.COMMANDS, "train", (Stress, command))
     assert main(["train"]) == status
     printed = capsys.readouterr().err
     assert printed == (f"{error}\n" if str(error) else "stopped\n")
 
 
 def test_an_error_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(command_line.COMMANDS, "train", (lambda argv: [][1], ""))
+    monkeypatch.setitem(command_line.COMMANDS, "train", (Stress, lambda a: [][1]))
     with pytest.raises(IndexError):
         main(["train"])
 
@@ -140,7 +140,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: py
     assert "# refreshes   9, every 7 steps, with 2 backward passes each" in printed  # steps 0, 7, ..., 56
     assert not run.exists()
     (tmp_path / "plan.toml").write_text(printed, encoding="utf-8")  # which is a file for --config
-    settings = train_arguments(["--preset", "tiny", "--run", str(run), *flags]).settings
+    settings = train_flags(["--preset", "tiny", "--run", str(run), *flags]).settings
     assert from_toml(tmp_path / "plan.toml", preset("world")) == settings
 
 

@@ -47,7 +47,8 @@ from reference.processes.peers import (
 from reference.run import checkpoint, opening
 from reference.step import balance
 from reference.step.batch import images_of_steps
-from reference.step.generation import first_images, noise_of
+from reference.step.chance import noise_of
+from reference.step.evaluation import first_images
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6
@@ -84,7 +85,7 @@ def config(run: Path, rule: str, epochs: int = 2) -> Config:
 
 def run_rules(folder: Path) -> None:
     """Train with every rule, and take up a run that fewer processes have left in the middle of its first epoch."""
-    train_module.write_report = lambda run: run / "report.html"  # type: ignore[attr-defined]
+    train_module.final_report = lambda run: run / "report.html"  # type: ignore[attr-defined]
     count_frozen()
     for rule in COMPARED:
         train_module.train(config(folder / rule, rule))
@@ -182,7 +183,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders 1, 2 and 3 of that many processes' runs, and one run begun by two of them and ended by three."""
     root = tmp_path_factory.mktemp("processes")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "write_report", lambda run: run)
+        patch.setattr(train_module, "final_report", lambda run: run)
         for rule in (*COMPARED, "cone"):
             train_module.train(config(root / "1" / rule, rule))
     printed = accelerate_launch(2, root / "2")

@@ -22,7 +22,9 @@ from reference.policy.adapters import Adapter, active, adapter_state, add_lora, 
 from reference.policy.base import load_base
 from reference.prompts.pool import world_prompts
 from reference.rewards.scorer import Scorer, load_rewards
-from reference.step.generation import evaluate, generate_batches, generator, prompt_means
+from reference.step.chance import generator
+from reference.step.evaluation import Judging, evaluate, prompt_means
+from reference.step.rollout import Sampling, generate_batches
 from reference.world.accuracy import accuracy
 
 NAN = float("nan")
@@ -55,9 +57,8 @@ def test_evaluation_uses_the_weights_given_and_leaves_the_policy_alone() -> None
     scorer = Scorer(load_rewards(("colour", "jpeg")), torch.device("cpu"))
 
     def scores(state: dict[str, torch.Tensor], batch: int = 6) -> torch.Tensor:
-        found, images = evaluate(
-            policy, base, state, prompts, scorer, images=2, sampler="euler", steps=2, batch=batch, seed=0
-        )
+        judging = Judging(2, 0, Sampling("euler", 2, batch))
+        found, images = evaluate(policy, base, state, prompts, scorer, judging)
         assert images.shape == (6, 3, 32, 32)
         return found.values
 
@@ -76,7 +77,7 @@ def test_images_come_from_the_adapter_asked_for() -> None:
 
     def drawn(adapter: Adapter) -> tuple[Tensor, Tensor]:
         texts = ["a red circle"] * 2
-        return next(generate_batches(policy, base, texts, noise, adapter=adapter, sampler="euler", steps=2, batch=2))
+        return next(generate_batches(policy, base, texts, noise, adapter, Sampling("euler", 2, 2)))
 
     draw = {"default": drawn("default"), "old": drawn("old"), "base": drawn("base")}
     torch.testing.assert_close(draw["default"][0], draw["base"][0], rtol=0, atol=1e-5)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from reference.__main__ import main
+from reference.config.flags import Evaluate
 from reference.config.presets import preset
 from reference.config.settings import Config, LogConfig, ModelConfig
 from reference.config.toml import to_toml
@@ -62,7 +63,7 @@ def rows_of(file: Path) -> list[dict[str, str]]:
 
 
 def test_it_gives_the_trainers_own_evaluations(run: Path, tmp_path: Path) -> None:
-    text = evaluate_run(run, tmp_path, images=2, steps=2, base=True, device="cpu")
+    text = evaluate_run(Evaluate(run, folder=tmp_path, images=2, steps=2, base=True, device="cpu"))
     before, after = (record["per_prompt"] for record in records(run, "eval"))
     assert list(after) == [*REWARDS, "objects_strict"]
     for file, expected, close in (("prompts.csv", after, 1e-6), ("prompts-base.csv", before, 1e-4)):
@@ -128,20 +129,20 @@ def test_stable_diffusion_3_with_files_of_several_kinds(
     (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
     (tmp_path / "ocr.txt").write_text('a sign "stop"\na cup "no"\n', encoding="utf-8")
     (tmp_path / "plain.txt").write_text("a cat\n", encoding="utf-8")
-    sources = [f"ocr:{tmp_path / 'ocr.txt'}", f"text:{tmp_path / 'plain.txt'}"]
-    evaluate_run(tmp_path, tmp_path / "out", prompts=sources, steps=2, device="cpu")
+    sources = (f"ocr:{tmp_path / 'ocr.txt'}", f"text:{tmp_path / 'plain.txt'}")
+    evaluate_run(Evaluate(tmp_path, folder=tmp_path / "out", prompts=sources, steps=2, device="cpu"))
     rows = rows_of(tmp_path / "out" / "prompts.csv")
     found = {row["prompt"]: row["mine_of_this_test:size"] for row in rows}
     assert found == {'a sign "stop"': "4.0", "a cat": "", 'a cup "no"': "2.0"}
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["rewards"]["mine_of_this_test:size"]["run"] == {"mean": 3.0, "low": 2.0, "high": 4.0}
-    assert summary["sources"] == sources
+    assert tuple(summary["sources"]) == sources
 
 
 def test_what_cannot_be_judged_is_said_before_anything_is_sampled(run: Path, tmp_path: Path) -> None:
     def message(folder: Path = run, **given: Any) -> str:
         with pytest.raises(ConfigError) as caught:
-            evaluate_run(folder, tmp_path / "out", device="cpu", **given)
+            evaluate_run(Evaluate(folder, folder=tmp_path / "out", device="cpu", **given))
         return str(caught.value)
 
     assert "--run: expected the folder of a run" in message(tmp_path / "nothing")
@@ -149,19 +150,19 @@ def test_what_cannot_be_judged_is_said_before_anything_is_sampled(run: Path, tmp
     fresh.mkdir()
     (fresh / "config.toml").write_text(to_toml(preset("tiny")), encoding="utf-8")
     assert "has no checkpoint yet" in message(fresh)
-    assert "cannot read" in message(prompts=[str(tmp_path / "none.txt")])
+    assert "cannot read" in message(prompts=(str(tmp_path / "none.txt"),))
     bad = tmp_path / "bad.txt"
     bad.write_text("a red circle\na cow\n", encoding="utf-8")
-    assert "line 2: prompt: expected a scene" in message(prompts=[str(bad)])
-    assert "Did you mean 'colour'?" in message(rewards=["color"])
-    assert "No module named 'no'" in message(rewards=["no.module:reward"])
+    assert "line 2: prompt: expected a scene" in message(prompts=(str(bad),))
+    assert "Did you mean 'colour'?" in message(rewards=("color",))
+    assert "No module named 'no'" in message(rewards=("no.module:reward",))
     assert "--images: expected at least 1, got 0" in message(images=0)
     assert "--steps: expected at least 1, got -1" in message(steps=-1)
-    assert "scoring.models: expected name=source" in message(models=["jpeg=here"])
+    assert "scoring.models: expected name=source" in message(models=("jpeg=here",))
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="--folder: cannot write to"):
-        evaluate_run(run, tmp_path / "file", device="cpu")
+        evaluate_run(Evaluate(run, folder=tmp_path / "file", device="cpu"))
 
 
 def test_every_prompt_of_a_file_counts_whatever_the_run_evaluates(tmp_path: Path) -> None:

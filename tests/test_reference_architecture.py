@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import reference
+from benchmarks import size
 
 ROOT = Path(reference.__file__).parent
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path.stem != "__init__")
@@ -24,7 +25,7 @@ FLOORS = (
     ("run",),
     ("train",),
     ("experiments",),
-    ("arguments",),
+    ("commands",),
     ("__main__",),
 )
 FLOOR = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}
@@ -81,6 +82,15 @@ def test_the_trainer_uses_the_public_core_alone(path: Path) -> None:
             assert not [alias.name for alias in node.names if alias.name.startswith("_")]
 
 
-def test_only_balance_harmonizes() -> None:
+def test_who_harmonizes() -> None:
     users = {name(p) for p in MODULES if "harmonize(" in p.read_text(encoding="utf-8")}
-    assert users == {"step.balance", "experiments.candidates", "experiments.settle", "experiments.stress"}
+    assert users == {"step.measurement", "experiments.candidates", "experiments.settle", "experiments.stress"}
+
+
+def test_the_trainer_is_short_to_read() -> None:
+    """``python -m benchmarks.size`` prints these figures."""
+    assert size.lines_of("train.py") <= 220
+    assert sum(map(size.lines_of, size.PATH)) <= 900
+    for package in ("marble_core", "reference"):
+        long = [f for f in size.functions(package) if f.lines > 40 or f.arguments > 7]
+        assert not long

@@ -19,7 +19,7 @@ from huggingface_hub import errors as hub
 from safetensors.torch import load_file
 from torch import Tensor
 
-from reference.__main__ import main, train_arguments
+from reference.__main__ import main, train_flags
 from reference.config.presets import preset
 from reference.config.settings import Config, ModelConfig
 from reference.errors import ConfigError
@@ -41,10 +41,10 @@ from reference.processes.peers import ALONE
 from reference.quiet import quiet_libraries
 from reference.run import checkpoint
 from reference.step.balance import Step, init_balance, step_gradient
-from reference.step.batch import Rollout, Weighed, advantages, step_rows
-from reference.step.generation import generate_batches
+from reference.step.batch import Weighed, advantages, step_rows
 from reference.step.gradients import Rows, Whole
 from reference.step.method import method_of
+from reference.step.rollout import Rollout, Sampling, generate_batches
 
 CPU = torch.device("cpu")
 Refresh = Callable[[str, bool], tuple[Policy, dict[str, Tensor]]]
@@ -341,7 +341,7 @@ def test_the_preset_trains_any_pipeline_with_rewards_of_one_s_own(trained: Path,
     records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["kind"] == "step"] == [1, 2]
     assert {"my_sd3_reward:bright", "my_sd3_reward:red"} == set(records[0]["rewards"])
-    settings = train_arguments(flags).settings
+    settings = train_flags(flags).settings
     plain = preset("sd35m")
     assert (settings.loss, settings.balance) == (plain.loss, plain.balance)
     for name in ("grids/before.png", "grids/after.png", "report.html", "pytorch_lora_weights.safetensors"):
@@ -351,7 +351,7 @@ def test_the_preset_trains_any_pipeline_with_rewards_of_one_s_own(trained: Path,
 def test_diffusers_loads_the_run_and_draws_our_images(
     tiny_sd3: Path, trained: Path, flags: list[str], tmp_path: Path
 ) -> None:
-    config, prompts, steps = train_arguments(flags).settings, ["a red cat", "a blue cup"], 5
+    config, prompts, steps = train_flags(flags).settings, ["a red cat", "a blue cup"], 5
     base, policy = load_model(config, prompts)
     noise = torch.randn(2, *base.latent_shape, generator=torch.Generator().manual_seed(3))
     state = checkpoint.latest(trained / "checkpoints")
@@ -359,10 +359,7 @@ def test_diffusers_loads_the_run_and_draws_our_images(
     with weights_of(policy, state["ema"]):
 
         def drawn(adapter: Adapter) -> Tensor:
-            batches = generate_batches(
-                policy, base, prompts, noise, adapter=adapter, sampler="euler", steps=steps, batch=2
-            )
-            return next(batches)[1]
+            return next(generate_batches(policy, base, prompts, noise, adapter, Sampling("euler", steps, 2)))[1]
 
         ours = {"base": drawn("base"), "trained": drawn("default")}
     torch.save({"prompts": prompts, "noise": noise, "steps": steps}, tmp_path / "given.pt")
@@ -427,7 +424,7 @@ def test_the_plan_counts_without_weights(
     shutil.copytree(tiny_sd3, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     assert main(["train", *flags, "--model.base", str(folder), "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    _, policy = load_model(train_arguments(flags).settings, [])
+    _, policy = load_model(train_flags(flags).settings, [])
     assert f"# trained     {sum(p.numel() for p in parameters(policy).values())} parameters" in printed
     assert "# prompts     3 for training, 2 held out" in printed
     assert "GB of transformer weights in float32\n" in printed

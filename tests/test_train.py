@@ -28,6 +28,7 @@ from reference.interfaces import Scores
 from reference.policy.adapters import Policy, velocity
 from reference.rewards import scorer
 from reference.run import checkpoint
+from reference.run import report as report_module
 from reference.run import state as state_module
 from reference.step import balance
 from reference.step import gradients as rows
@@ -402,7 +403,7 @@ def test_an_export_or_a_report_that_fails_leaves_the_newest_state(
             train(config(run, epochs=1))
     assert final_state(run)["step"] == 2
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "write_report", full)
+        patch.setattr(report_module, "write_report", full)
         with pytest.raises(TrainingError, match=r"report could not be written: .* python -m reference report --run"):
             train(config(run, epochs=1), resume=True)
     train(config(run, epochs=1), resume=True)

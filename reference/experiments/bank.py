@@ -16,13 +16,15 @@ from reference.config.settings import Config, training_times
 from reference.policy.adapters import Policy, load_adapter
 from reference.policy.base import Base
 from reference.policy.load import load_model
-from reference.prompts.pool import Pool, all_prompts, pool_of
+from reference.prompts.pool import Pool, all_prompts, images_of_epoch, pool_of
 from reference.rewards.scorer import Scorer
 from reference.run.inputs import prepare
 from reference.run.state import newest
-from reference.step.batch import Weighed, advantages, sample_epoch, step_rows
+from reference.step.batch import Weighed, advantages, step_rows
+from reference.step.chance import generator
 from reference.step.gradients import Asked, all_rows
 from reference.step.method import by_raw_sum
+from reference.step.rollout import sample_epoch, sampling_of
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Indices = np.ndarray[Any, np.dtype[np.int64]]
@@ -85,7 +87,8 @@ def _units(
     of_sum = lambda A, A_sum: by_raw_sum(A, A_sum, A_sum, a_max)  # noqa: E731
     asked = Asked(of_sum, False, config.optim.micro_batch)
     for epoch in itertools.count():
-        rollout = sample_epoch(policy, base, scorer, pool, config, epoch)
+        prompts, draws = images_of_epoch(pool, config, epoch), generator(config.seed, "rollout", epoch)
+        rollout = sample_epoch(policy, base, scorer, prompts, draws, sampling_of(config.rollout))
         A, A_sum = advantages(rollout.scores, config)
         for unit in range(config.rollout.prompts_per_epoch):
             index = torch.arange(unit * n, (unit + 1) * n)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from reference.config.flags import Evaluate
 from reference.config.settings import REWARDS, WORLD_REWARDS, Config, is_world
 from reference.errors import ConfigError
 from reference.experiments.paper import paper_table
@@ -25,62 +26,38 @@ from reference.processes.devices import tf32
 from reference.prompts.pool import all_prompts, held_out_prompts, repeated_prompts, training_pool
 from reference.rewards.scorer import Scorer, score_images, scorer_of
 from reference.run.state import load_run
-from reference.step.generation import generate_batches, generator, prompt_means
+from reference.step.chance import generator
+from reference.step.evaluation import Judging, prompt_means
+from reference.step.rollout import Sampling, generate_batches
 
 STRICT = "geneval_strict"  # GenEval's own 0 or 1: where the graded reward is 1
 
 
-def evaluate_run(
-    run: Path,
-    folder: Path,
-    *,
-    prompts: Sequence[str] = (),
-    rewards: Sequence[str] = (),
-    images: int = 1,
-    steps: int = 40,
-    seed: int = 0,
-    base: bool = False,
-    models: Sequence[str] = (),
-    device: str = "auto",
-) -> str:
+def evaluate_run(asked: Evaluate) -> str:
     """Sample, score, and write ``prompts.csv``, ``summary.json`` and ``summary.md``; returns the last one's text.
-
-    The weights are the averaged ones of the newest checkpoint, the sampler is the run's.
-
-    Args:
-        run: folder of the run.
-        folder: of the files; those of an earlier evaluation are replaced.
-        prompts: sources, as for ``rollout.held_out``, every prompt of them; none for the run's own held-out prompts.
-        rewards: names; none for those trained and those in ``log.watch``.
-        images: of each prompt.
-        steps: of the sampler.
-        seed: of the noise; that of the trainer's own evaluations is 0.
-        base: judge the base model as well, on images from the same noise, into ``prompts-base.csv``.
-        models: name=source entries, over those of the run's ``scoring.models``.
-        device: as in a configuration.
 
     Raises:
         ConfigError: the run, its prompts, its rewards or the folder cannot be used; nothing has been sampled.
     """
-    for name, value in (("--images", images), ("--steps", steps)):
+    for name, value in (("--images", asked.images), ("--steps", asked.steps)):
         if value < 1:
             raise ConfigError(f"{name}: expected at least 1, got {value}.")
-    config, state = load_run(run, device, models)
-    names, chosen = reward_names(config, rewards), prompts_of(config, prompts)
+    config, state = load_run(asked.run, asked.device, asked.models)
+    names, chosen = reward_names(config, asked.rewards), prompts_of(config, asked.prompts)
     _warn_of_trained(config, chosen)
     scorer = scorer_of(config, names)
     scorer = scorer._replace(batch=scorer.batch or config.rollout.batch)  # else all images would wait for the last
+    folder = asked.folder or asked.run / "evaluation"
     clear(folder)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     model, policy = load_model(config, [prompt.text for prompt in chosen])
-
-    def judged(adapter: Adapter) -> Judged:
-        return judge(policy, model, adapter, chosen, scorer, config, images=images, steps=steps, seed=seed)
-
+    how = Sampling(config.rollout.sampler, asked.steps, config.rollout.batch)
+    judging = Judging(asked.images, asked.seed, how)
     with weights_of(policy, state["ema"]), tf32(model.device):
-        after, before = judged("default"), judged("base") if base else None
-    where = {"run": str(run), "epoch": state["epoch"], "step": state["step"], "sources": list(prompts)}
-    where |= {"images": images, "steps": steps, "sampler": config.rollout.sampler, "seed": seed}
+        after = judge(policy, model, "default", chosen, scorer, judging)
+        before = judge(policy, model, "base", chosen, scorer, judging) if asked.base else None
+    where = {"run": str(asked.run), "epoch": state["epoch"], "step": state["step"], "sources": list(asked.prompts)}
+    where |= {"images": asked.images, "steps": asked.steps, "sampler": how.sampler, "seed": asked.seed}
     columns = (*names, STRICT) if "geneval" in names else names
     trained = tuple(name in config.rewards or (name == STRICT and "geneval" in config.rewards) for name in columns)
     return write(folder, Evaluation(where, columns, trained, tuple(p.text for p in chosen), after, before))
@@ -124,30 +101,19 @@ def prompts_of(config: Config, sources: Sequence[str]) -> list[Prompt]:
 
 
 def judge(
-    policy: Policy,
-    base: Base,
-    adapter: Adapter,
-    prompts: Sequence[Prompt],
-    scorer: Scorer,
-    config: Config,
-    *,
-    images: int,
-    steps: int,
-    seed: int,
+    policy: Policy, base: Base, adapter: Adapter, prompts: Sequence[Prompt], scorer: Scorer, judging: Judging
 ) -> Judged:
-    """Score ``images`` images of each prompt, batch by batch: none is kept.
+    """Score images of each prompt, batch by batch: none is kept.
 
-    The noise is that of ``evaluate.evaluate``, whatever the adapter.
+    The noise is that of ``evaluate`` of the trainer, whatever the adapter.
     """
-    repeated = [prompt for prompt in prompts for _ in range(images)]
-    noise = torch.randn(len(repeated), *base.latent_shape, generator=generator(seed, "evaluation"))
-    texts, r = [prompt.text for prompt in repeated], config.rollout
+    images, repeated = judging.images, [prompt for prompt in prompts for _ in range(judging.images)]
+    noise = torch.randn(len(repeated), *base.latent_shape, generator=generator(judging.seed, "evaluation"))
+    texts = [prompt.text for prompt in repeated]
 
     def drawn() -> Iterator[Tensor]:
         with tqdm(total=len(texts), desc=f"images, {adapter}", unit="image", disable=None) as bar:
-            for _, made in generate_batches(
-                policy, base, texts, noise, adapter=adapter, sampler=r.sampler, steps=steps, batch=r.batch
-            ):
+            for _, made in generate_batches(policy, base, texts, noise, adapter, judging.how):
                 yield made
                 bar.update(len(made))
 

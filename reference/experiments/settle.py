@@ -32,15 +32,17 @@ from reference.experiments.candidates import coefficients_of
 from reference.policy.adapters import Policy, adapter_state, load_adapter
 from reference.policy.base import Base
 from reference.policy.load import load_model
-from reference.prompts.pool import all_prompts
+from reference.prompts.pool import all_prompts, images_of_epoch
 from reference.run.inputs import Inputs, prepare
 from reference.run.intervals import change
 from reference.run.state import newest
-from reference.step.batch import Weighed, advantages, sample_epoch, step_rows
+from reference.step.batch import Weighed, advantages, step_rows
+from reference.step.chance import generator
 from reference.step.estimate import Tree
-from reference.step.generation import evaluate, prompt_means, within_std
+from reference.step.evaluation import Judging, evaluate, prompt_means, within_std
 from reference.step.gradients import Asked, Rows, all_rows, part_of
 from reference.step.method import by_raw_sum
+from reference.step.rollout import sample_epoch, sampling_of
 
 _OTHER_SEED = 2000  # so that no batch is one that the run was trained on
 _FRESH = 100_000  # the number of the batch that all directions are compared with
@@ -106,7 +108,9 @@ def gradients(bench: Bench, number: int, prompts: int) -> Batch:
     """Draw a mini-batch of ``prompts`` groups and take its gradients, in two halves that share no prompt."""
     rollout_config = dataclasses.replace(bench.config.rollout, prompts_per_epoch=prompts)
     config = dataclasses.replace(bench.config, seed=bench.config.seed + _OTHER_SEED, rollout=rollout_config)
-    rollout = sample_epoch(bench.policy, bench.base, bench.inputs.trained, bench.inputs.pool, config, number)
+    images, draws = images_of_epoch(bench.inputs.pool, config, number), generator(config.seed, "rollout", number)
+    how = sampling_of(config.rollout)
+    rollout = sample_epoch(bench.policy, bench.base, bench.inputs.trained, images, draws, how)
     A, A_sum = advantages(rollout.scores, config)
     half = torch.arange(len(A)) // config.rollout.images_per_prompt % 2
     index = torch.cat([(half == side).nonzero().flatten() for side in (0, 1)])
@@ -158,19 +162,8 @@ def stepped(bench: Bench, direction: Tree, size: float) -> Tree:
 
 def judged(bench: Bench, weights: Mapping[str, Tensor], images: int) -> tuple[Tensor, Tensor]:
     """Mean of every reward on each held-out prompt ``[P, K]``, and its spread within a prompt ``[K]``."""
-    config, trained = bench.config, bench.inputs.trained
-    scores, _ = evaluate(
-        bench.policy,
-        bench.base,
-        weights,
-        bench.inputs.held_out,
-        trained,
-        images=images,
-        sampler=config.rollout.sampler,
-        steps=config.rollout.steps,
-        batch=config.rollout.batch,
-        seed=1,
-    )
+    inputs, judging = bench.inputs, Judging(images, 1, sampling_of(bench.config.rollout))
+    scores, _ = evaluate(bench.policy, bench.base, weights, inputs.held_out, inputs.trained, judging)
     return prompt_means(scores, images), within_std(scores, images)
 
 

@@ -166,3 +166,10 @@ def prompt_numbers(prompts: Sequence[Prompt], pool: Pool) -> Tensor:
 def learns_spread(epoch: int, pool: Pool, config: Config) -> bool:
     """Whether an epoch tells the spread of rewards at the start: once through the prompts, but not for long."""
     return epoch < min(math.ceil(len(all_prompts(pool)) / config.rollout.prompts_per_epoch), _FIRST_EPOCHS)
+
+
+def images_of_epoch(pool: Pool, config: Config, epoch: int) -> list[Prompt]:
+    """The prompt of each image of an epoch, one prompt's side by side."""
+    r = config.rollout
+    chosen = prompts_of_epoch(pool, r.prompts_per_epoch, config.seed, epoch)
+    return [prompt for prompt in chosen for _ in range(r.images_per_prompt)]

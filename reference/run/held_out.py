@@ -9,7 +9,8 @@ from reference.config.settings import Config
 from reference.run.intervals import interval
 from reference.run.live import save_grid
 from reference.run.state import Run, State
-from reference.step.generation import evaluate, first_images, prompt_means, within_std
+from reference.step.evaluation import Judging, evaluate, first_images, prompt_means, within_std
+from reference.step.rollout import Sampling
 
 
 def evaluation_due(config: Config, state: State) -> bool:
@@ -30,19 +31,9 @@ def evaluate_held_out(run: Run, state: State) -> None:
     last = state.epoch == run.config.epochs
     name = "before" if state.epoch == 0 else "after" if last else f"epoch-{state.epoch:04d}"
     live.phase(state.epoch, "evaluating")
-    scores, images = evaluate(
-        run.policy,
-        run.base,
-        state.ema,
-        inputs.held_out,
-        inputs.watched,
-        images=log.eval_images,
-        sampler=run.config.rollout.sampler,
-        steps=log.eval_steps,
-        batch=run.config.rollout.batch,
-        seed=0,
-        world=run.world,
-    )
+    r = run.config.rollout
+    judging = Judging(log.eval_images, 0, Sampling(r.sampler, log.eval_steps, r.batch, run.world))
+    scores, images = evaluate(run.policy, run.base, state.ema, inputs.held_out, inputs.watched, judging)
     means, rewards = prompt_means(scores, log.eval_images), inputs.watched.rewards
     columns = dict(zip(rewards, means.T.tolist(), strict=True))
     record = {

@@ -19,6 +19,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from reference.errors import TrainingError
 from reference.run.intervals import Interval, change, interval, verdict, wilson
 from reference.run.watch import LONGER
 
@@ -415,3 +416,18 @@ def _write_page(path: Path, title: str, sections: Iterable[str]) -> Path:
     html = _PAGE.substitute(title=escape(title), body="\n".join(sections))
     path.write_text(html, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
     return path
+
+
+def final_report(run: Path) -> Path:
+    """Write the report; a run without one is complete all the same.
+
+    Raises:
+        TrainingError: it could not be written.
+    """
+    try:
+        return write_report(run)
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"the report could not be written: {error}. The run itself is complete; write it again with "
+            f"python -m reference report --run {run}"
+        ) from error

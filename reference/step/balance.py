@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from marble_core import combine_rows, cross_alignment, harmonize, null_alignment
+from marble_core import combine_rows
 from marble_core.rules import Evidence
 from reference.config.settings import LossConfig
 from reference.policy.adapters import Policy
 from reference.processes.peers import all_reduce
-from reference.step.estimate import Estimate, Measured, Tree, init_estimate, observe
-from reference.step.gradients import Asked, Joined, Rows, Whole, all_rows, halves, joined, one_gradient
+from reference.step.estimate import Estimate, Tree, init_estimate, observe
+from reference.step.gradients import Asked, Rows, Whole, all_rows, one_gradient
+from reference.step.halves import Joined, halves, joined
+from reference.step.measurement import refresh_record
 from reference.step.method import Method, by_mean, by_raw_sum
 
 
@@ -115,7 +117,7 @@ def _combined(policy: Policy, rows: Rows, balance: Balance, method: Method, loss
     direction = combine_rows(h, c)
     gradient = _added({name: x + scale * found.shared[name] for name, x in direction.items()}, found.pull)
     g = {name: x + found.shared[name] for name, x in h.items()} if method.full else h
-    record = _record(measured, gradient, g, c, step.previous)
+    record = refresh_record(measured, gradient, g, c, step.previous)
     return StepResult(gradient, Balance(state, estimate), c, found.metrics, record)
 
 
@@ -124,7 +126,7 @@ def _recorded(found: Joined, balance: Balance, c: Tensor, step: Step) -> StepRes
     estimate, measured, _ = observe(balance.estimate, found.a, found.b, None, None)
     gradient = {name: x + found.shared[name] for name, x in found.own.items()}
     h = {name: (found.a[name] + x) / 2 for name, x in found.b.items()}
-    record = _record(measured, gradient, h, c, step.previous)
+    record = refresh_record(measured, gradient, h, c, step.previous)
     return StepResult(gradient, balance._replace(estimate=estimate), c, found.metrics, record)
 
 
@@ -140,43 +142,6 @@ def _measured(policy: Policy, rows: Rows, loss: LossConfig, asked: Asked, whole:
 def _added(gradient: Tree, pull: Tree) -> Tree:
     """A gradient and the pull to the base, where that is apart."""
     return {name: x + pull[name] for name, x in gradient.items()} if pull else gradient
-
-
-def _record(measured: Measured, gradient: Tree, g: Tree, c: Tensor, previous: Tree | None) -> dict[str, Any]:
-    """Log entry of a refresh, with the cosines on this batch, and of the step before with this batch."""
-    same = cross_alignment(gradient, g)
-    after = cross_alignment(previous, g) if previous is not None else None
-    solution = harmonize(measured.gram)
-    unit = c * solution.norms
-    norm2 = measured.average.diagonal()
-    norm2 = torch.where(norm2 > 0, norm2, torch.nan)
-    return {
-        "coefficients": c.tolist(),
-        "weights": (unit / unit.abs().sum().clamp(min=1e-300)).tolist(),
-        "min_norm": solution.weights.tolist(),
-        "norms": solution.norms.tolist(),
-        "active": solution.active.tolist(),
-        "cosines": same.cosines.tolist(),
-        "min_cosine": float(same.minimum),
-        "mean_cosine": float(same.mean),
-        "conflict": bool(same.conflict),
-        "direction_norm": float(solution.direction_norm),
-        "stationary": bool(solution.stationary),
-        "signal_share": (measured.cross.diagonal() / norm2).tolist(),
-        "signal_share_error": (measured.error / norm2).tolist(),
-        "signal_cosines": _signal_cosines(measured),
-        "null": null_alignment(len(c)),
-        "next_cosines": after.cosines.tolist() if after else None,
-        "next_min_cosine": float(after.minimum) if after else None,
-    }
-
-
-def _signal_cosines(measured: Measured) -> list[list[float]]:
-    """Cosines of the signals with each other ``[K][K]``; NaN for a signal within two standard errors of 0."""
-    square = measured.cross.diagonal()
-    norms = torch.where(square > 2 * measured.error.nan_to_num(0.0), square, torch.nan).sqrt()
-    found: list[list[float]] = (measured.cross / norms / norms.unsqueeze(-1)).clamp(-1, 1).tolist()
-    return found
 
 
 def is_finite(gradient: Tree) -> bool:

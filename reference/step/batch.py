@@ -1,8 +1,7 @@
-"""From prompts to the rows of an optimiser step: sample, score, weigh, noise. Functions of the seed and the epoch."""
+"""From scored images to the rows of an optimiser step: weigh, choose, noise. Functions of the seed and the epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -10,78 +9,13 @@ from torch import Tensor
 
 from marble_core import group_advantages
 from reference.config.settings import Config, training_times
-from reference.interfaces import Prompt, Scores
-from reference.policy.adapters import Policy
+from reference.interfaces import Scores
 from reference.policy.base import Base
-from reference.processes.peers import ALONE, World, share_of
-from reference.prompts.pool import Pool, prompts_of_epoch
-from reference.rewards.scorer import Scorer, score_images
-from reference.step.generation import gather_scores, generate_batches, generator, noise_of
-from reference.step.gradients import PER_ROW, Rows, Whole, part_of
-from reference.step.rollout import times
-
-
-class Rollout(NamedTuple):
-    """The images of an epoch, one prompt's side by side.
-
-    Attributes:
-        prompts: N.
-        x0: ``[n, C, H, W]``, latents on the CPU: those of this process's images.
-        scores: ``[N, K]``.
-        first: number of the first of the n images.
-    """
-
-    prompts: list[Prompt]
-    x0: Tensor
-    scores: Scores
-    first: int = 0
-
-
-def sample_epoch(
-    policy: Policy,
-    base: Base,
-    scorer: Scorer,
-    pool: Pool,
-    config: Config,
-    epoch: int,
-    on_sampled: Callable[[], None] = lambda: None,
-    world: World = ALONE,
-) -> Rollout:
-    """Draw an epoch's images from the old policy and score them; of several processes, each does its share.
-
-    Args:
-        on_sampled: called when the last image is there, for clocks and progress.
-
-    Raises:
-        RewardError: a reward failed.
-        PeerError: another process failed.
-    """
-    r = config.rollout
-    chosen = prompts_of_epoch(pool, r.prompts_per_epoch, config.seed, epoch)
-    prompts = [prompt for prompt in chosen for _ in range(r.images_per_prompt)]
-    N, own = len(prompts), share_of(len(prompts), world)
-    noise = noise_of(own, N, base.latent_shape, generator(config.seed, "rollout", epoch))
-    mine = prompts[own.start : own.stop]
-    texts, latents = [prompt.text for prompt in mine], []
-
-    def drawn() -> Iterator[Tensor]:
-        for x0, images in generate_batches(
-            policy,
-            base,
-            texts,
-            noise,
-            adapter="old",
-            sampler=r.sampler,
-            steps=r.steps,
-            batch=r.batch,
-            total=N,
-            world=world,
-        ):
-            latents.append(x0.cpu())
-            yield images
-
-    scores = score_images(scorer, drawn(), mine, on_sampled)
-    return Rollout(prompts, torch.cat(latents), gather_scores(scores, own, N, world), own.start)
+from reference.processes.peers import ALONE, World
+from reference.step.chance import generator, noise_of
+from reference.step.filling import busiest, filled_up
+from reference.step.gradients import Rows, Whole
+from reference.step.rollout import Rollout, times
 
 
 def advantages(scores: Scores, config: Config) -> tuple[Tensor, Tensor]:
@@ -160,28 +94,4 @@ def step_rows(base: Base, weighed: Weighed, index: Tensor, config: Config, part:
         rollout.x0[place[own]], noise, schedule[chosen[own]], embeds, pooled, weighed.A[image], weighed.A_sum[image],
         half[own], prompt, torch.ones(len(own)),
     )  # fmt: skip
-    return filled_up(rows, *_busiest(index, half, config, world)) if world.sharded else rows
-
-
-def _busiest(index: Tensor, half: Tensor, config: Config, world: World) -> tuple[int, int]:
-    """The most rows that any process has in the first half of a step, and in the second."""
-    N, J = config.rollout.prompts_per_epoch * config.rollout.images_per_prompt, len(half) // len(index)
-    shares = [share_of(N, World(rank, world.size)) for rank in range(world.size)]
-    image = index.repeat_interleave(J)
-    owned = torch.stack([(image >= share.start) & (image < share.stop) for share in shares])
-    return int(owned[:, half == 0].sum(1).max()), int(owned[:, half == 1].sum(1).max())
-
-
-def filled_up(rows: Rows, first: int, second: int) -> Rows:
-    """Rows of weight 0 behind either half, until there are ``first`` and ``second``."""
-    own = int((rows.half == 0).sum())
-    a, b = part_of(rows, slice(own)), part_of(rows, slice(own, None))
-    parts = [a, _blank(rows, first - own, 0), b, _blank(rows, second - (len(rows.half) - own), 1)]
-    return rows._replace(**{name: torch.cat([getattr(x, name) for x in parts]) for name in PER_ROW})
-
-
-def _blank(rows: Rows, count: int, half: int) -> Rows:
-    """Rows of nothing, of which all that is computed is finite."""
-    blank = {name: (x := getattr(rows, name)).new_zeros(count, *x.shape[1:]) for name in PER_ROW}
-    blank |= {"t": blank["t"] + 0.5, "noise": blank["noise"] + 1.0, "half": blank["half"] + half}
-    return rows._replace(**blank)
+    return filled_up(rows, *busiest(index, half, config, world)) if world.sharded else rows

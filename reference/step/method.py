@@ -75,6 +75,11 @@ class Method(NamedTuple):
     full: bool = False
 
 
+def refreshes_at(method: Method, step: int) -> bool:
+    """Whether all gradients are measured at a step, counted from 0."""
+    return method.every > 0 and step % method.every == 0
+
+
 def method_of(config: Config) -> Method:
     """The method of a run.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reference.splits import is_held_out
@@ -83,7 +84,7 @@ def parse(prompt: str) -> Scene:
         'left of'
     """
     match = _GRAMMAR.match(prompt.strip())
-    scene = None if match is None else _scene(*match.groups())
+    scene = None if match is None else _scene(match.groups())
     if scene is None or prompt_of(scene) != prompt.strip() or not _is_clear(scene):
         raise ValueError(
             f"prompt: expected a scene such as 'two red circles' or 'a small red circle left of a blue square' or "
@@ -98,23 +99,12 @@ def _is_clear(scene: Scene) -> bool:
     return scene.relation is None or (len(kinds) == 2 and all(o.count == 1 for o in scene.objects))
 
 
-def _scene(
-    count: str | None,
-    size: str | None,
-    colour: str | None,
-    shape: str | None,
-    relation: str | None,
-    count_2: str | None,
-    size_2: str | None,
-    colour_2: str | None,
-    shape_2: str | None,
-    text: str | None,
-    text_alone: str | None,
-) -> Scene:
+def _scene(groups: Sequence[str | None]) -> Scene:
     """A scene from the groups of the grammar's match."""
+    first, relation, second, text, text_alone = groups[:4], groups[4], groups[5:9], *groups[9:]
     objects = [
         Objects(shape, colour, COUNTS.index(count) + 1, size)
-        for count, size, colour, shape in ((count, size, colour, shape), (count_2, size_2, colour_2, shape_2))
+        for count, size, colour, shape in (first, second)
         if count and colour and shape
     ]
     return Scene(tuple(objects), relation, text or text_alone)

@@ -1,4 +1,4 @@
-"""The arguments of every command: a dataclass each, whose docstrings are the help."""
+"""The flags of every command: a dataclass each, whose docstrings are the help."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ class Generate:
     device: str = "auto"
     """auto for a GPU where there is one, or cpu, cuda, cuda:1, ..."""
     out: Path | None = None
-    """The PNG file; by default grids/generated.png in the run folder."""
+    """The PNG file; by default grids/generated.png in the run folder. An existing one is replaced."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Evaluate:
     steps: int = 40
     """Sampling steps."""
     seed: int = 0
-    """Seed of the noise."""
+    """Seed of the noise; that of the trainer's own evaluations is 0."""
     base: bool = False
     """Judge the base model as well, on images from the same noise, and the change."""
     models: Annotated[tuple[str, ...], tyro.conf.arg(name="scoring.models")] = ()
