@@ -23,7 +23,7 @@ from reference.experiments.compare import Screening, compare, plan_runs, screene
 from reference.experiments.comparison import finished, read_run, rows_a_solve
 from reference.experiments.statistics import Array, crossed_interval, percentile, smallest, student
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Config(epochs=2, rewards=("text", "jpeg"), log=LogConfig(watch=("objects",), eval_prompts=3, eval_images=2))
 
 

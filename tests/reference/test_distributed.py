@@ -50,7 +50,7 @@ from reference.step.batch import images_of_steps
 from reference.step.chance import noise_of
 from reference.step.evaluation import first_images
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 RULES = {
     "soft-min": {"balance": "soft-min"},

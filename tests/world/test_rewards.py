@@ -494,7 +494,7 @@ def test_what_a_reward_raises_is_named() -> None:
     def broken(*_: object) -> Tensor:
         raise KeyError("weights")
 
-    message = r"^reward 'broken' raised KeyError: 'weights' \(test_world_rewards.py, line \d+\)$"
+    message = r"^reward 'broken' raised KeyError: 'weights' \(test_rewards.py, line \d+\)$"
     with pytest.raises(RewardError, match=message) as caught:
         score({"broken": broken}, torch.zeros(1, 3, 2, 2), plain_prompts(["a"]))
     assert isinstance(caught.value.__cause__, KeyError)

@@ -11,7 +11,7 @@ from benchmarks.end_to_end import end_to_end
 from benchmarks.gpu_table import table
 from benchmarks.trainer_models import SMALL
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_end_to_end_trains_resumes_and_writes_a_lora(tmp_path: Path) -> None:

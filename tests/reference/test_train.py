@@ -34,7 +34,7 @@ from reference.step import balance
 from reference.step import gradients as rows
 from reference.train import train
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 REWARDS = ("objects", "colour", "jpeg")
 
 

@@ -1,4 +1,4 @@
-"""Whole rules: by hand, as pure functions, and equal to what the trainer does under the same name."""
+"""Whole rules: by hand, and as pure functions."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from marble_core.rules import (
     uniform,
     weighted_sum,
 )
-from reference.config.settings import Config
-from reference.step.method import method_of
 
 K = 4
 RULES: dict[str, Rule] = {
@@ -87,17 +85,6 @@ def test_what_the_formulas_say() -> None:
     # the first solve has nothing to be smoothed with
     exact = marble(K, rho=0.0, guard=0.0)
     assert torch.allclose(exact.update(exact.init(), evidence(1))[1], harmonize(gram).coefficients, rtol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["marble", "marble-paper", "noise-aware", "soft-min", "cone"])
-def test_the_trainer_s_rules_of_these_names_are_these(name: str) -> None:
-    mine, rule = method_of(Config(balance=name, rewards=tuple("abcd"))).rule, RULES[name]
-    state, own = rule.init(), mine.init()
-    for seed in range(6):
-        for seen in (evidence(seed), Evidence(gains=evidence(seed).gains)):
-            state, c = rule.update(state, seen)
-            own, found = mine.update(own, seen)
-            assert torch.allclose(c, found, rtol=1e-12, atol=1e-15)
 
 
 def test_the_cone_of_the_signals_where_they_are_known() -> None:

@@ -15,7 +15,7 @@ import torch
 
 from marble_core import shared_cotangent_rows
 
-FOLDER = Path(__file__).resolve().parents[1] / "examples"
+FOLDER = Path(__file__).resolve().parents[2] / "examples"
 
 
 def load(name: str) -> Any:
