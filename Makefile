@@ -1,5 +1,6 @@
-# Each target sets up what it needs in $(VENV) first, and only when pyproject.toml or constraints.txt has changed.
+# Each target sets up what it needs in $(VENV) first, and only when a pyproject.toml or constraints.txt has changed.
 #   make setup                     the environment alone, in .venv
+#   make fast                      the tests that take no time, in under 90 seconds
 #   make test                      everything: lint, types, unit, contract, documentation and property tests
 #   make test PYTHON=python3.12    with another interpreter (the environment is made once: also say VENV=)
 #   make test VENV=path            in another environment, made there unless it exists
@@ -16,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 # What the environment was installed from; the folder counts because the install is editable.
-KEY := $(shell (pwd; cat pyproject.toml constraints.txt) | cksum | cut -d ' ' -f 1)
+KEY := $(shell (pwd; cat pyproject.toml reference/pyproject.toml constraints.txt) | cksum | cut -d ' ' -f 1)
 ifeq ($(INSTALL),no)
 DEV :=
 DOCS :=
@@ -26,10 +27,16 @@ DOCS := $(VENV)/.marble-docs-$(KEY)
 endif
 
 .DEFAULT_GOAL := test
-.PHONY: setup test demo check props docs bench clean
+.PHONY: setup test fast coverage demo check props docs bench clean
 
 test: check ## everything that has to pass before a change lands
 	$(PY) -m pytest -n $(WORKERS)
+
+fast: $(DEV) ## the answer to a change in under 90 seconds: without what trains, compiles or starts processes
+	$(PY) -m pytest -m "not slow" -n $(WORKERS)
+
+coverage: $(DEV) ## which lines the tests reach
+	$(PY) -m pytest -n $(WORKERS) --cov=marble_core --cov=reference --cov-report=term --cov-report=html:site/coverage
 
 setup: $(DEV) ## the environment alone
 
@@ -62,14 +69,15 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 # Not $(PY) itself: installing packages must not depend on the interpreter's date.
-# The build back end is installed first, so that its version is pinned as well.
+# pip and the build back end are installed first: groups need a recent pip, and the back end's version is pinned as well.
+EDITABLE := -e . -e './reference[rewards]'
 $(VENV)/.marble-dev-$(KEY): | $(PY)
-	$(PIP) install --quiet -c constraints.txt hatchling
-	$(PIP) install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
+	$(PIP) install --quiet -c constraints.txt 'pip>=25.1' hatchling
+	$(PIP) install --quiet --no-build-isolation -c constraints.txt $(EDITABLE) --group dev
 	rm -f $(VENV)/.marble-dev-*
 	touch $@
 
 $(VENV)/.marble-docs-$(KEY): | $(VENV)/.marble-dev-$(KEY)
-	$(PIP) install --quiet --no-build-isolation -c constraints.txt -e '.[dev,docs]'
+	$(PIP) install --quiet --no-build-isolation -c constraints.txt $(EDITABLE) --group dev --group docs
 	rm -f $(VENV)/.marble-docs-*
 	touch $@

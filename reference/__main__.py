@@ -13,7 +13,7 @@ from typing import Any
 try:
     import tyro
 except ImportError as error:
-    need = "python -m reference needs the trainer's packages. In a clone: make setup, or pip install '.[reference]'"
+    need = "python -m reference needs the trainer's packages. In a clone: make setup, or pip install . ./reference"
     raise SystemExit(f"{need} ({error}).") from None
 
 from reference import commands

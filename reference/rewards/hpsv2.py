@@ -98,7 +98,7 @@ def cleaner() -> Callable[[str], str]:
     try:
         from ftfy import fix_text
     except ImportError as error:
-        raise ConfigError("reward 'hpsv2': expected ftfy: `pip install '.[reference,rewards]'` in a clone.") from error
+        raise ConfigError("reward 'hpsv2': expected ftfy: `pip install './reference[rewards]'` in a clone.") from error
     return lambda text: html.unescape(html.unescape(fix_text(text)))
 
 

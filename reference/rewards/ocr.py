@@ -100,7 +100,7 @@ def _rapidocr(device: torch.device | None) -> Reader:
     except ImportError as error:
         raise ConfigError(
             f"reward ocr: expected rapidocr and onnxruntime, got {error}. Install them: pip install "
-            "'.[reference,rewards]' in a clone."
+            "'./reference[rewards]' in a clone."
         ) from error
     params: dict[str, Any] = {
         "Global.log_level": "error",
