@@ -137,7 +137,7 @@ def end_to_end(setup: Setup, folder: Path, device: str, *, small: bool) -> dict[
         save_pipeline(setup, _SMALL_VAE if small else _VAE, folder / "pipeline", torch.device(device))
     config = dataclasses.replace(settings(setup, folder, small=small), device=device)
     fill_cache(config, setup, folder)
-    found: dict[str, Any] = {"where": where_of(torch.device(device)), "plan": plan(config).split("# plan")[-1]}
+    found: dict[str, Any] = {"where": where_of(torch.device(device)), "plan": plan(config).text.split("# plan")[-1]}
     for name, epochs, resume in (("two epochs", 2, False), ("resumed for a third", 3, True)):
         if gpu:
             torch.cuda.reset_peak_memory_stats()

@@ -18,6 +18,7 @@ except ImportError as error:
 
 from reference import commands
 from reference.config import flags
+from reference.config.help import train_help
 from reference.config.presets import preset
 from reference.config.settings import Preset
 from reference.config.toml import from_toml
@@ -40,6 +41,10 @@ def train_flags(argv: Sequence[str]) -> flags.Train:
     known, _ = first.parse_known_args(argv)
     settings = preset(known.preset)
     default = flags.Train(settings if known.config is None else from_toml(known.config, settings))
+    if {"-h", "--help"} & set(argv):
+        print(train_help(default))
+        raise SystemExit(0)
+    argv = ["--help" if flag == "--help-all" else flag for flag in argv]
     return tyro.cli(flags.Train, prog=prog, args=list(argv), default=default, use_underscores=False)
 
 

@@ -26,13 +26,14 @@ from reference.config.flags import (
 from reference.config.presets import preset
 from reference.config.settings import Config, is_world, training_times
 from reference.config.toml import from_toml
-from reference.errors import ConfigError
+from reference.errors import ConfigError, TrainingError
 
 
 def train_command(a: Train) -> None:
     """Run ``train``, or print its plan."""
     validate(a.settings)
     from reference.run.inputs import prepare
+    from reference.run.report import reward_table
     from reference.train import train
 
     if a.dry_run:
@@ -40,9 +41,14 @@ def train_command(a: Train) -> None:
 
         if is_world(a.settings.model.base):
             prepare(a.settings)
-        print(plan(a.settings))
+        found = plan(a.settings)
+        print(found.text)
+        if found.missing:
+            raise TrainingError("\n".join(["this run cannot start yet:", *found.missing]))
     else:
-        print(f"report: {train(a.settings, resume=a.resume)}")
+        report = train(a.settings, resume=a.resume)
+        if report.exists():  # written by the main process
+            print(f"\n{reward_table(a.settings.run)}\n\nreport: {report}")
 
 
 def demo_command(a: Demo) -> None:

@@ -110,7 +110,6 @@ def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None)
         if not so_far.images.any():
             raise TrainingError(_NOTHING_APPLIES)
         gains = gains_since_start(so_far)
-        run.live.phase(state.epoch, "training")
         A, A_sum = advantages(rollout.scores, config)
         weighed, raw_sum = Weighed(rollout, A, A_sum, state.epoch), raw_sum_weights(A, A_sum)
         parts = images_of_steps(len(A), config, state.epoch)
@@ -119,6 +118,7 @@ def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None)
         while state.part < len(parts):
             if any_of(stop[0], run.world):
                 raise Interrupted(f"stopped after step {state.step}; go on with --resume")
+            run.live.phase(state.epoch, f"training, step {state.part + 1} of {len(parts)}")
             rows = step_rows(run.base, weighed, parts[state.part], config, state.part, run.world)
             whole = whole_step(parts[state.part], config, run.world)
             refresh = refreshes_at(run.method, state.step)
@@ -145,13 +145,14 @@ def _sampled(run: Run, state: State, clock: list[float]) -> Rollout:
     seed_everything(config.seed, epoch, run.world)
     prompts = images_of_epoch(run.inputs.pool, config, epoch)
 
-    def sampled() -> None:
-        clock.append(time.monotonic())
-        run.live.phase(epoch, "scoring")
+    def drawn(share: float) -> None:
+        if share == 1:
+            clock.append(time.monotonic())
+            run.live.phase(epoch, "scoring")
 
     run.live.phase(epoch, "sampling")
     how, draws = sampling_of(config.rollout, run.world), generator(config.seed, "rollout", epoch)
-    rollout = sample_epoch(run.policy, run.base, run.inputs.trained, prompts, draws, how, sampled)
+    rollout = sample_epoch(run.policy, run.base, run.inputs.trained, prompts, draws, how, drawn)
     clock.append(time.monotonic())
     return rollout
 

@@ -129,7 +129,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class SolveConfig:
-    """Numbers of the balancing rule. None leaves what the rule says; a rule refuses what it does not take."""
+    """Numbers of the balancing rule; what is not given is what the rule says, and a rule refuses what it does not take."""
 
     refresh_every: int | None = None
     """Optimiser steps from one solve to the next, the paper's N."""

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TypeVar
@@ -33,6 +33,10 @@ _BEAT = 5.0  # seconds from one sign of life to the next
 _SILENCE = 60.0  # seconds without one, after which a process is taken for dead
 
 
+def _nothing() -> None:
+    """Show nothing."""
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of a run, and which of them this is.
@@ -44,6 +48,7 @@ class World:
         device: where this process adds up with the others.
         store: what all can read and write without waiting for each other; None where there is but one.
         sharded: whether they share the base model's weights, and so need each other in every pass.
+        on_pass: called before every pass of the model, for progress.
     """
 
     rank: int = 0
@@ -52,6 +57,7 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     store: Store | None = None
     sharded: bool = False
+    on_pass: Callable[[], None] = _nothing
 
 
 ALONE = World()
@@ -289,6 +295,7 @@ def begin_pass(world: World) -> None:
     Raises:
         PeerError: one has failed.
     """
+    world.on_pass()
     if world.sharded:
         meet(world)
     else:

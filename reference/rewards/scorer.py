@@ -104,12 +104,7 @@ def _on_cpu(reward: Reward) -> Reward:
     return score
 
 
-def score_images(
-    scorer: Scorer,
-    images: Iterable[Tensor],
-    prompts: Sequence[Prompt],
-    on_last: Callable[[], None] = lambda: None,
-) -> Scores:
+def score_images(scorer: Scorer, images: Iterable[Tensor], prompts: Sequence[Prompt]) -> Scores:
     """Score images that arrive batch by batch, in chunks of ``scorer.batch`` whatever the batches are.
 
     In the background, a chunk is scored while the next images are made; the chunks and their order are the same, and
@@ -117,14 +112,13 @@ def score_images(
 
     Args:
         images: batches ``[b, 3, H, W]``, in the order of the prompts.
-        on_last: called when the last image has arrived.
 
     Raises:
         RewardError: a reward failed; no more images are asked for.
     """
     found: list[Scores | Future[Scores]] = []
     with _executor(scorer) as submit:
-        for first, chunk in _chunks(images, scorer.batch or len(prompts), len(prompts), on_last):
+        for first, chunk in _chunks(images, scorer.batch or len(prompts), len(prompts)):
             waiting = [x for x in found if isinstance(x, Future)]
             for future in [f for f in waiting if f.done()] + waiting[:-_WAITING]:
                 future.result()
@@ -134,17 +128,13 @@ def score_images(
     return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _chunks(
-    images: Iterable[Tensor], size: int, total: int, on_last: Callable[[], None]
-) -> Iterator[tuple[int, Tensor]]:
+def _chunks(images: Iterable[Tensor], size: int, total: int) -> Iterator[tuple[int, Tensor]]:
     """Batches cut and joined to chunks of one size, the last one perhaps smaller, each with its first number."""
     kept: list[Tensor] = []
     first = arrived = 0
     for batch in images:
         kept.append(batch)
         arrived += len(batch)
-        if arrived == total:
-            on_last()
         while arrived - first >= size or (arrived == total and arrived > first):
             joined = torch.cat(kept)
             yield first, joined[:size]
@@ -166,3 +156,20 @@ def _executor(scorer: Scorer) -> Iterator[_Submit]:
         yield lambda rewards, images, prompts, first: pool.submit(score, rewards, images, prompts, first=first)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def try_rewards(scorer: Scorer, prompts: Sequence[Prompt], shape: Sequence[int]) -> None:
+    """Let every reward score two images of noise, with prompts that it applies to: faults show before hours of work.
+
+    Args:
+        prompts: to choose from.
+        shape: of an image, ``[3, H, W]``.
+
+    Raises:
+        RewardError: one of them fails.
+    """
+    noise = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    for name, reward in scorer.rewards.items():
+        fitting = [prompt for prompt in prompts if prompt.rewards is None or name in prompt.rewards][:2]
+        if fitting:
+            score({name: reward}, noise[: len(fitting)].to(scorer.device), fitting)

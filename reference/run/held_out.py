@@ -47,7 +47,8 @@ def evaluate_held_out(run: Run, state: State) -> None:
     if live.main:
         path, scale = run.config.run / "grids" / f"{name}.png", max(1, 96 // shown.shape[-1])
         try:
-            save_grid(shown, path, columns=10, scale=scale, largest=256)
+            picture = save_grid(shown, path, columns=10, scale=scale, largest=256)
+            live.pictures(picture, state.step)
         except OSError as error:
             live.say(f"warning: cannot write {path}: {error}. Training goes on without this picture.")
 

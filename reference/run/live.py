@@ -6,11 +6,13 @@ import json
 import math
 import netrc
 import os
+import time
 import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LoggerType, get_available_trackers
@@ -37,27 +39,57 @@ class Live:
         self.position = self.file.seek(0, os.SEEK_END)  # of the last whole line
         self.pending = ""
         self.full = False
-        self.min_cosine = math.nan  # of the last refresh
+        self.min_cosine = self.loss = math.nan  # of the last refresh, of the last step
+        self.doing, self.passes = "", 0  # the phase, and passes of the model in it
+        self.began, self.first = time.monotonic(), 0  # when, and with which epoch
         disable = None if main else True
         self.bar = tqdm(total=epochs, unit="epoch", disable=disable, dynamic_ncols=True)
 
     def start(self, epoch: int) -> None:
         """Let the bar begin where a resumed run does."""
-        self.bar.n = self.bar.initial = epoch
+        self.bar.n = self.bar.initial = self.first = epoch
         self.bar.refresh()
 
     def phase(self, epoch: int, name: str) -> None:
         """Say what is being done."""
-        self.bar.set_description(f"epoch {epoch}: {name}")
+        self.doing, self.passes = f"epoch {epoch}: {name}", 0
+        self.bar.set_description(self.doing)
+
+    def tick(self) -> None:
+        """Count a pass of the model: within an epoch the bar moves by them."""
+        self.passes += 1
+        self.bar.set_description(f"{self.doing}, pass {self.passes}", refresh=False)
+        self.bar.update(0)  # drawn a few times a second at most
 
     def show(self, epoch: int, rewards: dict[str, float]) -> None:
-        """One more epoch done: its rewards, and the minimum cosine of the last refresh."""
+        """One more epoch done: its rewards, the minimum cosine of the last refresh, and the loss of the last step."""
         numbers = " ".join(f"{name} {value:.2f}" for name, value in rewards.items())
-        numbers += f" min cos {self.min_cosine:+.2f}"
+        numbers += f" min cos {self.min_cosine:+.2f} loss {self.loss:.3g}"
         self.bar.set_postfix_str(numbers)
         self.bar.update()
         if self.bar.disable:  # not a terminal: a line an epoch instead of a bar
-            self.say(f"epoch {epoch}: {numbers}")
+            self.say(f"epoch {epoch}: {numbers} | {self._times(epoch)}")
+
+    def _times(self, epoch: int) -> str:
+        """Time so far, of an epoch, and until the end."""
+        seconds = time.monotonic() - self.began
+        each = seconds / (epoch + 1 - self.first)
+        left = each * ((self.bar.total or 0) - epoch - 1)
+        return f"{clock(seconds)}, {each:.1f} s an epoch, {clock(left)} left"
+
+    def pictures(self, sheet: Image.Image, step: int) -> None:
+        """Show a grid of held-out images to the trackers that take images."""
+        if self.accelerator is None:
+            return
+        pixels = np.asarray(sheet)
+        for tracker in self.accelerator.trackers:
+            try:
+                if tracker.name == "tensorboard":
+                    tracker.log_images({"held-out images": pixels[None]}, step=step, dataformats="NHWC")
+                elif tracker.name == "wandb":
+                    tracker.log_images({"held-out images": [pixels]}, step=step)
+            except Exception as error:  # whatever a tracker's package raises
+                self.say(f"warning: {tracker.name} took no picture: {type(error).__name__}: {error}")
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""
@@ -67,6 +99,7 @@ class Live:
     def log(self, record: dict[str, Any]) -> None:
         """Append a record to ``metrics.jsonl`` and send its numbers to the trackers."""
         self.min_cosine = record.get("min_cosine", self.min_cosine)
+        self.loss = record.get("loss", self.loss)
         self.append(json.dumps(_plain(record)) + "\n")
         if self.accelerator is not None:
             try:
@@ -107,6 +140,19 @@ class Live:
                 self.accelerator.end_training()
             except Exception as error:
                 self.say(f"warning: the trackers could not be closed: {type(error).__name__}: {error}")
+
+
+def clock(seconds: float) -> str:
+    """A time as one reads it.
+
+    Example:
+        >>> clock(42.4), clock(125), clock(7380)
+        ('42 s', '2 min 5 s', '2 h 3 min')
+    """
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    return f"{s // 60} min {s % 60} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60} min"
 
 
 def _trackers(run: Path, names: Sequence[str]) -> Accelerator:
@@ -172,9 +218,9 @@ def _numbers(prefix: str, record: dict[str, Any]) -> list[tuple[str, float]]:
     return found
 
 
-def save_grid(images: Tensor, path: Path, *, columns: int, scale: int = 1, largest: int = 1024) -> None:
+def save_grid(images: Tensor, path: Path, *, columns: int, scale: int = 1, largest: int = 1024) -> Image.Image:
     """Images ``[N, 3, H, W]`` as one PNG, row by row; ``scale`` enlarges without smoothing, and images that are wider
-    than ``largest`` are shrunk."""
+    than ``largest`` are shrunk. Returns the picture."""
     images = F.interpolate(images.detach().float().cpu(), scale_factor=float(scale), mode="nearest")
     if images.shape[-1] > largest:
         images = F.interpolate(images, scale_factor=largest / images.shape[-1], mode="area")
@@ -184,4 +230,6 @@ def save_grid(images: Tensor, path: Path, *, columns: int, scale: int = 1, large
     sheet[:N] = images.clamp(0, 1)
     sheet = sheet.reshape(rows, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(rows * H, columns * W, C)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((sheet * 255).round().byte().numpy()).save(path)
+    picture = Image.fromarray((sheet * 255).round().byte().numpy())
+    picture.save(path)
+    return picture

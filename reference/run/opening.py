@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from reference.policy.base import Base
 from reference.policy.load import load_model
 from reference.processes.peers import World, first_on_machine, meet, require_enough
 from reference.prompts.pool import all_prompts
+from reference.rewards.scorer import try_rewards
 from reference.run import checkpoint
 from reference.run.inputs import Inputs, prepare
 from reference.run.live import Live, check_trackers
@@ -38,12 +40,16 @@ def opened(config: Config, resume: bool, world: World) -> Iterator[tuple[Run, St
     meet(world)
     method = method_of(config)
     base, policy, inputs, optimizer = _loaded(config, world)
+    if not resume:
+        picture = base.decode(torch.zeros(1, *base.latent_shape, device=base.device))
+        try_rewards(inputs.watched, [*all_prompts(inputs.pool), *inputs.held_out], picture.shape[1:])
     if main:
         open_run(config, resume)
     meet(world)
     live = Live(config.run, config.log.trackers, config.epochs, main=main)
     try:
-        run = Run(config, method, base, policy, optimizer, inputs, world, live)
+        shown = dataclasses.replace(world, on_pass=live.tick)
+        run = Run(config, method, base, policy, optimizer, inputs, shown, live)
         yield run, *(_resumed(run) if resume else (_fresh(run), None))
     finally:
         live.close()

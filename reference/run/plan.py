@@ -28,20 +28,29 @@ class _Work(NamedTuple):
     refreshes: int
 
 
-def plan(config: Config) -> str:
-    """The resolved plan as text.
+class Plan(NamedTuple):
+    """What a run would do, in words, and what it lacks."""
+
+    text: str
+    missing: tuple[str, ...]
+
+
+def plan(config: Config) -> Plan:
+    """Resolve a configuration to a plan.
 
     The small world is loaded and timed for the estimates. Of Stable Diffusion 3 nothing but the configuration of the
     transformer is read; what is missing is said.
     """
     work = _work(config)
-    lines = _counts(config, work)
+    lines, missing = _counts(config, work), list[str]()
     if is_world(config.model.base):
         forward, train, P = _measure(config)
         lines |= _memory(config, P) | _time(config, work, forward, train)
     else:
-        lines |= _stable_diffusion(config)
-    return "\n".join([to_toml(config).rstrip(), "", "# plan", *(f"# {k:12}{v}" for k, v in lines.items())])
+        more, missing = _stable_diffusion(config)
+        lines |= more
+    text = [to_toml(config).rstrip(), "", "# plan", *(f"# {k:12}{v}" for k, v in lines.items())]
+    return Plan("\n".join(text), tuple(missing))
 
 
 def _work(config: Config) -> _Work:
@@ -93,11 +102,12 @@ def _time(config: Config, work: _Work, forward: float, train: float) -> dict[str
     }
 
 
-def _stable_diffusion(config: Config) -> dict[str, str]:
-    """Lines about a model and prompts that may not be here yet."""
+def _stable_diffusion(config: Config) -> tuple[dict[str, str], list[str]]:
+    """Lines about a model and prompts, and what of them is not here yet."""
     from reference.policy.sd3 import empty_transformer  # seconds of imports, which the small world does without
 
     lines: dict[str, str] = {}
+    missing: list[str] = []
     try:
         transformer, m = empty_transformer(config.model), config.model
         size = {"float32": 4, "bf16": 2}[m.precision] * sum(p.numel() for p in transformer.parameters())
@@ -106,14 +116,16 @@ def _stable_diffusion(config: Config) -> dict[str, str]:
         lines["base"] = f"{size / 1e9:.2f} GB of transformer weights in {m.precision}"
         lines["base"] += ", spread over all processes" if m.shard else ""
     except ConfigError as error:
-        lines["no model"] = str(error)
+        missing.append(f"model: {error}")
     try:
         pool, held_out = training_pool(config), held_out_prompts(config)
         lines["prompts"] = f"{len(all_prompts(pool))} for training, {len(held_out)} held out"
     except ConfigError as error:
-        lines["no prompts"] = str(error).replace("\n", "\n# " + 12 * " ")
+        missing.append(f"prompts: {error}")
     lines["time"] = "not estimated: it is the GPU's, see docs/benchmarks.md"
-    return lines
+    if missing:
+        lines["missing"] = "; ".join(text.partition(":")[0] for text in missing) + ": see below"
+    return lines, missing
 
 
 def _measure(config: Config) -> tuple[float, float, int]:

@@ -148,16 +148,17 @@ def write_comparison(runs: Mapping[str, Path], path: Path) -> Path:
     return _write_page(path, "Comparison of runs", (*sections, _cosines(loaded), _images(loaded)))
 
 
-def reward_table(runs: Mapping[str, Path]) -> str:
-    """Held-out rewards before and after, as aligned text: one line per reward, one last column per run.
+def reward_table(run: Path) -> str:
+    """Held-out rewards before and after as aligned text, with the paired change and what its interval allows to say.
 
-    ``before`` is the first evaluation of the first run, ``after`` the last one of each; ``-`` where there is none.
+    Raises:
+        ValueError: as of ``write_report``.
     """
-    loaded = {label: _load(run) for label, run in runs.items()}
-    rows = [["reward", "before", *(f"after ({label})" for label in loaded)]]
-    for name in _names(loaded.values(), _EVAL):
-        before, after = zip(*(run.ends(name) for run in loaded.values()), strict=True)
-        rows.append([name, *map(_text, (before[0], *after))])
+    loaded = _load(run)
+    rows = [["reward", "before", "after", "change, 95 % paired", "verdict"]]
+    for name in _names([loaded], _EVAL):
+        (before, after), found = loaded.ends(name), loaded.change(name)
+        rows.append([name, _text(before), _text(after), _text(found[:3], "+"), verdict(found)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 

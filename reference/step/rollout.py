@@ -66,7 +66,7 @@ def sample_epoch(
     prompts: list[Prompt],
     draws: torch.Generator,
     how: Sampling,
-    on_sampled: Callable[[], None] = lambda: None,
+    on_drawn: Callable[[float], None] = lambda share: None,
 ) -> Rollout:
     """Draw an epoch's images from the old policy and score them; of several processes, each does its share.
 
@@ -74,7 +74,7 @@ def sample_epoch(
         prompts: of every image, one prompt's side by side.
         draws: of the noise.
         how: the sampling.
-        on_sampled: called when the last image is there, for clocks and progress.
+        on_drawn: called after every batch with the share of the images that are there, for clocks and progress.
 
     Raises:
         RewardError: a reward failed.
@@ -87,9 +87,10 @@ def sample_epoch(
     def drawn() -> Iterator[Tensor]:
         for x0, images in generate_batches(policy, base, [p.text for p in mine], noise, "old", how, N):
             latents.append(x0.cpu())
+            on_drawn(sum(map(len, latents)) / len(mine))
             yield images
 
-    scores = score_images(scorer, drawn(), mine, on_sampled)
+    scores = score_images(scorer, drawn(), mine)
     return Rollout(prompts, torch.cat(latents), gather_scores(scores, own, N, how.world), own.start)
 
 

@@ -148,6 +148,7 @@ def test_batch_is_a_loop_nan_stays_in_its_item_and_dimensions_broadcast() -> Non
     assert exact(torch.zeros(0, 3, 3), torch.ones(3)).shape == (0, 3)
 
 
+@pytest.mark.slow
 def test_vmap_and_compile_without_reading_a_value() -> None:
     for K in (1, 3, 8):
         g = seeded(6, K, max(1, K - 2))

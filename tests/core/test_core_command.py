@@ -97,6 +97,7 @@ def test_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert len(capsys.readouterr().err.splitlines()) == 5
 
 
+@pytest.mark.slow
 def test_the_version_by_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "marble_core", "--version"], capture_output=True, text=True, check=True

@@ -25,6 +25,7 @@ def test_hand_values() -> None:
     assert torch.equal(cross_gram(rows, other), torch.tensor([[1.0, 10.0], [0.0, -1.0]]).double())
 
 
+@pytest.mark.slow
 def test_a_stream_holds_one_block_at_a_time() -> None:
     alive: list[weakref.ref[Tensor]] = []
     most = 0

@@ -704,6 +704,7 @@ def counted(call: Callable[[], Any]) -> tuple[Any, int, int]:
     return result, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # what the compiler warns about while it traces is not ours
 def test_compiled_layers_collect_rows_without_leaving_their_graph() -> None:
     """The rows are those of the eager route, and no later call compiles anything anew, whatever K and the weights."""
@@ -733,6 +734,7 @@ def test_compiled_layers_collect_rows_without_leaving_their_graph() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # what the compiler warns about while it traces is not ours
 def test_compiled_layers_keep_every_promise_of_the_eager_ones() -> None:
     """Autocast, other trainable parameters, tied weights, gradients taken in ``forward``, and graphs that are kept."""

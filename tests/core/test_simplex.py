@@ -161,6 +161,7 @@ def test_batch_is_a_loop_and_nan_stays_in_its_item() -> None:
     assert min_norm_weights(torch.zeros(0, 3, 3)).shape == (0, 3)
 
 
+@pytest.mark.slow
 def test_vmap_and_compile_without_reading_a_value() -> None:
     for K in (1, 3, 8):
         G = torch.stack([hard_rows(kind, K, 5) @ hard_rows(kind, K, 5).T for kind in KINDS])

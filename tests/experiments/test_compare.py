@@ -149,6 +149,7 @@ def test_tables_of_made_up_runs(tmp_path: Path) -> None:
     assert soft_min[3][1:] == ["+0.500 [+0.500, +0.500]", *["-0.100 [-0.100, -0.100]"] * 2, "+0.300 [+0.300, +0.300]"]
 
 
+@pytest.mark.slow
 def test_figures_and_numbers_are_reproducible(tmp_path: Path) -> None:
     plans, files = made_up(tmp_path), ("gains.svg", "curves.svg", "worst.svg", "summary.json")
     seen = []
@@ -289,6 +290,7 @@ def test_a_failed_run_is_named_and_no_other_one_begins(tmp_path: Path, monkeypat
     assert (tmp_path / "ended").exists()  # the run beside it was waited for
 
 
+@pytest.mark.slow
 def test_the_command_trains_once_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = preset("tiny")
     file = tmp_path / "tiny.toml"

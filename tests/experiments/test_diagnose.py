@@ -146,6 +146,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return dataclasses.replace(config, run=tmp_path_factory.mktemp("diagnose") / "run", epochs=1, log=log)
 
 
+@pytest.mark.slow
 def test_a_run_folder_and_a_second_look(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
     train(tiny)
     arguments = ["diagnose", "--run", str(tiny.run), "--units", "8", "--held-out", "20", "--threads", "1"]
@@ -163,6 +164,7 @@ def test_a_run_folder_and_a_second_look(tiny: Config, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.splitlines()[-1] == text.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_sketch_keeps_inner_products(tiny: Config, tmp_path: Path) -> None:
     texts = {}
     for sketch in (0, 200_000):

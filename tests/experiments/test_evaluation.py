@@ -62,6 +62,7 @@ def rows_of(file: Path) -> list[dict[str, str]]:
 # --- a run
 
 
+@pytest.mark.slow
 def test_it_gives_the_trainers_own_evaluations(run: Path, tmp_path: Path) -> None:
     text = evaluate_run(Evaluate(run, folder=tmp_path, images=2, steps=2, base=True, device="cpu"))
     before, after = (record["per_prompt"] for record in records(run, "eval"))
@@ -107,6 +108,7 @@ def test_prompts_rewards_and_steps_of_ones_own(run: Path, tmp_path: Path, capsys
     assert not stale.exists()
 
 
+@pytest.mark.slow
 def test_stable_diffusion_3_with_files_of_several_kinds(
     tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

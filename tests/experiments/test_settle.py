@@ -25,6 +25,7 @@ def tiny() -> Config:
     return dataclasses.replace(preset("tiny"), rewards=("colour", "jpeg"), threads=1)
 
 
+@pytest.mark.slow
 def test_a_batch_is_tried_once_and_a_second_call_goes_on(tmp_path: Path) -> None:
     first = settle(tiny(), None, SETTING, 1, tmp_path)
     stamp = (tmp_path / "batch-0000.json").stat().st_mtime_ns
@@ -99,6 +100,7 @@ def test_rates_by_hand() -> None:
     assert "4 of 4 (100% [51, 100])" in claims[1]  # it neglects b
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "settle",

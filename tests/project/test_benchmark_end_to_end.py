@@ -7,6 +7,8 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from benchmarks.end_to_end import end_to_end
 from benchmarks.gpu_table import table
 from benchmarks.trainer_models import SMALL
@@ -14,6 +16,7 @@ from benchmarks.trainer_models import SMALL
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_end_to_end_trains_resumes_and_writes_a_lora(tmp_path: Path) -> None:
     transformer = SMALL.transformer | {"num_layers": 1, "dual_attention_layers": ()}
     tiny = dataclasses.replace(SMALL, transformer=transformer, latent=8, tokens=8)

@@ -20,6 +20,8 @@ from reference.processes.peers import ALONE
 from reference.step.balance import Step, init_balance, step_gradient
 from reference.step.gradients import Whole
 
+pytestmark = pytest.mark.slow
+
 TINY = dataclasses.replace(
     SMALL,
     transformer=SMALL.transformer

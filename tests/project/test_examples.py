@@ -48,6 +48,7 @@ def test_the_loop_of_one_s_own_raises_all_three_rewards() -> None:
     assert all(b > a for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft and transformers at each other
 def test_grpo_raises_all_three_rewards_and_its_rows_are_k_passes() -> None:
     grpo = load("grpo")

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from reference import __main__ as command_line
 from reference.__main__ import COMMANDS, main, train_flags
 from reference.config.flags import Stress
 from reference.config.presets import preset
-from reference.config.settings import BUILT_IN_RULES
+from reference.config.settings import BUILT_IN_RULES, Config, Preset
 from reference.config.toml import from_toml
 from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
 from reference.run.plan import plan
@@ -41,16 +42,33 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_help_of_train_is_worth_reading(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--preset", "tiny", "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert len(lines) <= 100  # two screens
+    assert max(map(len, lines)) <= 124
+    assert f"presets: {', '.join(typing.get_args(Preset))}" in lines
+    assert f"rules: {', '.join(BUILT_IN_RULES)}" in lines
+    assert "None" not in printed
+    fields = [f.name for f in dataclasses.fields(Config)]
+    for group in ("model", "rollout", "scoring", "loss", "solve", "optim", "log"):
+        fields.remove(group)
+        inner = dataclasses.fields(getattr(Config(), group))
+        fields += [f"{group}.{f.name}" for f in inner]
+    for name in fields:  # each flag once, and tyro takes it
+        (line,) = [line for line in lines if line.startswith(f"  --{name.replace('_', '-')} ")]
+        assert len(line.split()) > 2, line
+    (epochs,) = [line for line in lines if line.startswith("  --epochs ")]
+    assert epochs.endswith("[2]")  # the preset's
+
+
+def test_all_words_about_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["train", "--help"])
+        main(["train", "--help-all"])
     printed = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
-    for words in (
-        *BUILT_IN_RULES,
-        "{world,world-conflict,demo,tiny,sd35m,sd35m-single-gpu}",
-        "--solve.refresh-every",
-        "--dry-run",
-        "advantages are relative",
-    ):
+    for words in ("{world,world-conflict,demo,tiny,sd35m,sd35m-single-gpu}", "--dry-run", "advantages are relative"):
         assert words in printed
 
 
@@ -146,9 +164,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: py
 
 def test_the_plan_of_other_rules() -> None:
     tiny = preset("tiny")
-    assert "to measure cosines" in plan(dataclasses.replace(tiny, balance="uniform"))
+    assert "to measure cosines" in plan(dataclasses.replace(tiny, balance="uniform")).text
 
 
+@pytest.mark.slow
 def test_a_run_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     flags = ["--preset", "tiny", "--run", str(run), "--epochs", "1", "--rewards", "colour", "jpeg"]

@@ -50,6 +50,8 @@ from reference.step.batch import images_of_steps
 from reference.step.chance import noise_of
 from reference.step.evaluation import first_images
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 RULES = {
@@ -219,7 +221,7 @@ def assert_same_run(run: Path, alone: Path) -> None:
             # a solve enlarges the rounding of float32 gradients; in float64, test_balance.py has 1e-8
             for key in ("coefficients", "weights", "min_norm", "cosines", "norms"):
                 if key in y:
-                    assert x[key] == pytest.approx(y[key], rel=1e-4, abs=10 * EXACT), (kind, y["step"], key)
+                    assert x[key] == pytest.approx(y[key], rel=1e-4, abs=30 * EXACT), (kind, y["step"], key)
     assert records(run, "eval")[-1]["per_prompt"].keys() == records(alone, "eval")[-1]["per_prompt"].keys()
 
 

@@ -77,6 +77,7 @@ def test_the_average_gram_has_all_the_noise() -> None:
     assert float(run(None, 300)[1].average[2, 2]) == pytest.approx(P / 2, rel=0.5)
 
 
+@pytest.mark.slow
 def test_averaging_gradients_beats_averaging_matrices() -> None:
     """The noise of one average of n cross-Grams falls with sqrt(n), that of the cross-Gram of two averages with n."""
     S = SIGNALS @ SIGNALS.mT
@@ -86,6 +87,7 @@ def test_averaging_gradients_beats_averaging_matrices() -> None:
     assert float(gradients.mean()) < 0.5 * float(matrices.mean())
 
 
+@pytest.mark.slow
 def test_squared_lengths_and_their_errors() -> None:
     """Squared signals of 0.1, 0.05 and 0 beside noise of P / 2 = 20."""
     many = [run(None, 100, first=first)[1] for first in range(0, 6000, 100)]

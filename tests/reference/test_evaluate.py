@@ -86,6 +86,7 @@ def test_images_come_from_the_adapter_asked_for() -> None:
         assert torch.equal(base.decode(draw["old"][0]), draw["old"][1])
 
 
+@pytest.mark.slow
 def test_controls_report_each_reward_and_do_not_repeat_themselves(tmp_path: Path) -> None:
     settings = tiny(tmp_path)
     table = controls(settings, ("colour", "jpeg"), tmp_path / "controls")
@@ -100,6 +101,7 @@ def test_controls_report_each_reward_and_do_not_repeat_themselves(tmp_path: Path
     assert (tmp_path / "controls" / "colour" / "metrics.jsonl").stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_the_demo_trains_all_rules_from_the_same_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = dataclasses.replace(tiny(tmp_path / "demo"), rewards=("colour", "jpeg"))
     text = demo(settings)

@@ -47,9 +47,45 @@ def test_the_bar_shows_phase_rewards_and_cosine(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(live.bar, "set_postfix_str", shown.append)
     live.phase(1, "sampling")
     live.log({"kind": "refresh", "step": 1, "min_cosine": -0.25})
+    live.log({"kind": "step", "step": 1, "loss": 0.125})
     live.show(1, {"objects": 0.5, "text": 0.125})
     live.close()
-    assert shown == ["epoch 1: sampling", "objects 0.50 text 0.12 min cos -0.25"]
+    assert shown == ["epoch 1: sampling", "objects 0.50 text 0.12 min cos -0.25 loss 0.125"]
+
+
+def test_without_a_terminal_a_line_an_epoch_has_time_and_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("reference.run.live.time.monotonic", lambda: now[0])
+    live = Live(tmp_path, (), epochs=5)
+    live.bar.disable = True
+    live.start(2)
+    now[0] += 90
+    live.show(2, {"objects": 0.5})
+    live.close()
+    assert capsys.readouterr().out == (
+        "epoch 2: objects 0.50 min cos +nan loss nan | 1 min 30 s, 90.0 s an epoch, 3 min 0 s left\n"
+    )
+
+
+def test_within_an_epoch_the_bar_counts_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    live = Live(tmp_path, (), epochs=2)
+    monkeypatch.setattr(live.bar, "set_description", lambda text, refresh=True: shown.append(text))
+    live.phase(0, "sampling")
+    live.tick()
+    live.tick()
+    live.phase(0, "training, step 1 of 2")
+    live.tick()
+    live.close()
+    assert shown == [
+        "epoch 0: sampling",
+        "epoch 0: sampling, pass 1",
+        "epoch 0: sampling, pass 2",
+        "epoch 0: training, step 1 of 2",
+        "epoch 0: training, step 1 of 2, pass 1",
+    ]
 
 
 def test_tensorboard_by_accelerates_trackers(tmp_path: Path) -> None:
@@ -57,12 +93,19 @@ def test_tensorboard_by_accelerates_trackers(tmp_path: Path) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)  # of packages that TensorBoard imports
         live = Live(tmp_path, ("tensorboard",), epochs=1)
         live.log({"kind": "epoch", "step": 2, "rewards": {"objects": {"mean": 0.5}}})
+        live.pictures(save_grid(torch.rand(4, 3, 8, 8), tmp_path / "grid.png", columns=2), 2)
         live.close()
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         (events,) = tmp_path.rglob("events.out.tfevents.*")
         found = EventAccumulator(str(events.parent))
         found.Reload()
+    (picture,) = (
+        found.Images("held-out images/0")
+        if "held-out images/0" in found.Tags()["images"]
+        else found.Images("held-out images")
+    )
+    assert (picture.step, picture.width, picture.height) == (2, 16, 16)
     (scalar,) = found.Scalars("epoch/rewards/objects/mean")
     assert (scalar.step, scalar.value) == (2, 0.5)
 

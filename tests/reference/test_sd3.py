@@ -94,6 +94,7 @@ def test_embeddings_and_images_are_the_pipeline_s(tiny_sd3: Path, cache: Path) -
     torch.testing.assert_close(base.decode(latents), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_prompts_are_encoded_once(tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
     original = sd3._encoder
@@ -261,6 +262,7 @@ def test_checkpointing_changes_nothing_but_memory(refresh: Refresh, precision: s
         torch.testing.assert_close(again[name], x, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # what the compiler warns about while it traces is not ours
 def test_compiled_blocks_compute_the_same(tiny_sd3: Path, cache: Path) -> None:
     base, policy = load_model(config_of(tiny_sd3, cache), PROMPTS)
@@ -337,6 +339,7 @@ def trained(flags: list[str]) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_the_preset_trains_any_pipeline_with_rewards_of_one_s_own(trained: Path, flags: list[str]) -> None:
     records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["kind"] == "step"] == [1, 2]
@@ -348,6 +351,7 @@ def test_the_preset_trains_any_pipeline_with_rewards_of_one_s_own(trained: Path,
         assert (trained / name).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_diffusers_loads_the_run_and_draws_our_images(
     tiny_sd3: Path, trained: Path, flags: list[str], tmp_path: Path
 ) -> None:

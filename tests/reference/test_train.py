@@ -34,6 +34,8 @@ from reference.step import balance
 from reference.step import gradients as rows
 from reference.train import train
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 REWARDS = ("objects", "colour", "jpeg")
 

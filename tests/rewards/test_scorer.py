@@ -16,9 +16,9 @@ from torch import Tensor
 from reference import interfaces as scoring
 from reference.config.settings import Config, ScoringConfig
 from reference.errors import ConfigError, RewardError
-from reference.interfaces import Prompt, Scores, plain_prompts, score
+from reference.interfaces import Prompt, Reward, Scores, plain_prompts, score
 from reference.rewards import scorer as scorer_module
-from reference.rewards.scorer import Scorer, load_rewards, score_images, scorer_of, sources_of
+from reference.rewards.scorer import Scorer, load_rewards, score_images, scorer_of, sources_of, try_rewards
 
 CPU = torch.device("cpu")
 
@@ -48,17 +48,14 @@ def test_scores_do_not_depend_on_batches_chunks_or_threads(batch: int, sizes: tu
     whole = torch.cat(batches(sizes))
     expected = score({"spy": spy, "random": random_draw}, whole, prompts)
     found: list[Scores] = []
-    order: list[int] = []
     for background in (False, True):
         seen.clear()
-        order.clear()
         torch.manual_seed(3)
         many = Scorer({"spy": spy, "random": random_draw}, CPU, batch, background)
-        found.append(score_images(many, batches(sizes), prompts, lambda: order.append(len(seen))))
+        found.append(score_images(many, batches(sizes), prompts))
         size = batch or 7
         assert [n for n, _ in seen] == [min(size, 7 - at) for at in range(0, 7, size)]
         assert all(name.startswith("rewards") == background for _, name in seen)
-        assert len(order) == 1
     torch.testing.assert_close(found[0].values[:, 0], expected.values[:, 0], rtol=0, atol=1e-7)
     assert torch.equal(found[0].values, found[1].values)
     assert torch.equal(found[0].applicable, found[1].applicable)
@@ -189,3 +186,29 @@ def test_a_connection_that_fails_is_tried_again_a_few_times(monkeypatch: pytest.
         with pytest.raises(RewardError, match="reward 'server' raised"):
             scoring.score({"server": fails(1, error)}, images, prompts)
     assert not waited
+
+
+def test_every_reward_is_tried_on_a_prompt_of_its_own() -> None:
+    seen: dict[str, list[str]] = {}
+
+    def spy(name: str) -> Reward:
+        def reward(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
+            assert images.shape == (len(prompts), 3, 8, 8)
+            seen[name] = list(prompts)
+            return torch.zeros(len(prompts))
+
+        return reward
+
+    prompts = [Prompt("all", {}), Prompt("a", {}, ("a",)), Prompt("b", {}, ("b",))]
+    before = torch.get_rng_state()
+    try_rewards(Scorer({name: spy(name) for name in "abc"}, CPU), prompts, (3, 8, 8))
+    assert seen == {"a": ["all", "a"], "b": ["all", "b"], "c": ["all"]}
+    assert torch.equal(torch.get_rng_state(), before)
+    try_rewards(Scorer({"z": spy("z")}, CPU), prompts[1:], (3, 8, 8))
+    assert "z" not in seen  # it applies to nothing, which the loop says
+
+    def broken(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
+        raise KeyError("size")
+
+    with pytest.raises(RewardError, match=r"reward 'own' raised KeyError: 'size' \(test_scorer\.py, line \d+\)"):
+        try_rewards(Scorer({"own": broken}, CPU), prompts, (3, 8, 8))
