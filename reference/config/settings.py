@@ -129,7 +129,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class SolveConfig:
-    """Numbers of the balancing rule; what is not given is what the rule says, and a rule refuses what it does not take."""
+    """Numbers of the balancing rule. What is not given is what the rule says; what a rule does not take it refuses."""
 
     refresh_every: int | None = None
     """Optimiser steps from one solve to the next, the paper's N."""

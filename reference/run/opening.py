@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from marble_core import init_gains
-from reference.config.settings import Config
+from reference.config.settings import Config, is_world
 from reference.errors import ConfigError
 from reference.policy.adapters import Policy, adapter_state, parameters
 from reference.policy.base import Base
@@ -40,7 +40,7 @@ def opened(config: Config, resume: bool, world: World) -> Iterator[tuple[Run, St
     meet(world)
     method = method_of(config)
     base, policy, inputs, optimizer = _loaded(config, world)
-    if not resume:
+    if not resume and not is_world(config.model.base):  # there the first evaluation is seconds away, and says the same
         picture = base.decode(torch.zeros(1, *base.latent_shape, device=base.device))
         try_rewards(inputs.watched, [*all_prompts(inputs.pool), *inputs.held_out], picture.shape[1:])
     if main:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -349,6 +350,22 @@ def test_the_preset_trains_any_pipeline_with_rewards_of_one_s_own(trained: Path,
     assert (settings.loss, settings.balance) == (plain.loss, plain.balance)
     for name in ("grids/before.png", "grids/after.png", "report.html", "pytorch_lora_weights.safetensors"):
         assert (trained / name).stat().st_size > 0
+
+
+def broken(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
+    raise KeyError("weights")
+
+
+def test_a_broken_reward_shows_before_anything_is_sampled(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = flags.index("--rewards")
+    given = [*flags[:at], "--rewards", f"{__name__}:broken", *flags[at + 3 :], "--run", str(tmp_path / "run")]
+    assert main(["train", *given]) == 1
+    assert re.fullmatch(
+        rf"reward '{__name__}:broken' raised KeyError: 'weights' \(test_sd3\.py, line \d+\)\n", capsys.readouterr().err
+    )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
