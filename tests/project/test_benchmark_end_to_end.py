@@ -50,5 +50,5 @@ def test_the_session_is_a_shell_script_whose_stages_exist() -> None:
     subprocess.run(["bash", "-n", script], check=True)
     text = script.read_text(encoding="utf-8")
     for part in text.split():
-        if part.startswith("tests/test_"):
+        if part.startswith("tests/"):
             assert (ROOT / part).is_file()

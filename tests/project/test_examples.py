@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import pytest
 import torch
 
 from marble_core import shared_cotangent_rows
+from reference.__main__ import main
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 
@@ -33,7 +37,15 @@ def load(name: str) -> Any:
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.stem for path in FOLDER.glob("*.py")} == {"two_rewards", "own_loop", "grpo", "with_torchjd"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {
+        "two_rewards",
+        "own_loop",
+        "grpo",
+        "with_torchjd",
+        "with_trl",
+        "with_accelerate",
+        "mine",
+    }
 
 
 def test_two_rewards() -> None:
@@ -74,3 +86,39 @@ def test_torchjd_takes_our_rules_and_we_its_weightings() -> None:
     gram = torch.tensor([[100.0, -6.0], [-6.0, 1.0]], dtype=torch.float64)
     c = together.theirs_in_ours(gram)
     assert bool((gram @ c > 0).all())
+
+
+def test_a_loop_with_accelerate(capfd: pytest.CaptureFixture[str]) -> None:
+    before, after = load("with_accelerate").main(steps=60)
+    assert all(b < a for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_take_the_same_coefficients(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(FOLDER / "with_accelerate.py")]
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    before, after = ([float(x) for x in re.findall(r"\d+\.\d+", line)] for line in done.stdout.splitlines()[-2:])
+    assert all(b < a for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.slow
+def test_a_reward_prompts_and_a_rule_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(FOLDER.parent)
+    flags = ["--preset", "tiny", "--rewards", "colour", "examples.mine:bright", "--run", str(tmp_path / "run")]
+    flags += ["--balance", "examples.mine:lagging_only", "--rollout.prompts", "examples/mine.txt"]
+    assert main(["train", *flags]) == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    applied = [tuple(r["coefficients"].values()) for r in records if r["kind"] == "step"]
+    assert set(applied) <= {(1.0, 0.0), (0.0, 1.0)}

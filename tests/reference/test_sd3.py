@@ -451,11 +451,13 @@ def test_the_plan_counts_without_weights(
     assert "GB of transformer weights in float32\n" in printed
     assert main(["train", *flags, "--model.base", str(folder), "--model.shard", "--dry-run"]) == 0
     assert "GB of transformer weights in float32, spread over all processes\n" in capsys.readouterr().out
-    assert main(["train", *flags, "--model.base", str(folder), "--rollout.prompts", "none.txt", "--dry-run"]) == 0
-    assert "# no prompts  rollout.prompts: cannot read none.txt" in capsys.readouterr().out
+    assert main(["train", *flags, "--model.base", str(folder), "--rollout.prompts", "none.txt", "--dry-run"]) == 1
+    out, err = capsys.readouterr()
+    assert "# missing     prompts: see below" in out
+    assert "this run cannot start yet:\nprompts: rollout.prompts: cannot read none.txt" in err
     (folder / "model_index.json").write_text("{")
-    assert main(["train", *flags, "--model.base", str(folder), "--dry-run"]) == 0
-    assert "# no model    model.base: cannot read " in capsys.readouterr().out
+    assert main(["train", *flags, "--model.base", str(folder), "--dry-run"]) == 1
+    assert "model: model.base: cannot read " in capsys.readouterr().err
 
 
 def test_prompts_can_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
