@@ -40,7 +40,7 @@ m = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linea
 x, w = torch.randn(32, 64, device='cuda'), torch.randn(32, 5, device='cuda')
 print(shared_cotangent_rows(lambda: m(x).squeeze(-1), m, w, verify=True).rows['0.weight'].norm())"
 stage tests 300 "$PYTHON" -m pytest -q -p no:cacheprovider tests/core/test_shared_cotangent.py tests/core/test_contracts.py tests/reference/test_devices.py \
-    tests/test_gram.py tests/test_sd3.py
+    tests/core/test_gram.py tests/reference/test_sd3.py
 stage eager 360 "$PYTHON" -m benchmarks.trainer --full-size --modes eager --only step --only cycle --limit 330 --out "$OUT/eager.json"
 stage compiled 420 "$PYTHON" -m benchmarks.trainer --full-size --modes compiled --only step --only cycle --limit 390 --out "$OUT/compiled.json"
 stage end 420 "$PYTHON" -m benchmarks.end_to_end --full-size --folder runs/gpu-end-to-end --out "$OUT/end-to-end.json"
