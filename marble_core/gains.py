@@ -153,7 +153,7 @@ def gains_since_start(state: GainState) -> Tensor:
         ``[K]``, float64; NaN where nothing can be told: a reward that never applied, or never varied.
 
     Raises:
-        Nothing of its own.
+        ValueError: ``state`` is no ``GainState``.
 
     Example:
         >>> gains_since_start(init_gains(2))
@@ -161,6 +161,7 @@ def gains_since_start(state: GainState) -> Tensor:
 
     Reference: docs/design/0003-noise.md.
     """
+    require(isinstance(state, GainState), "state", "a GainState", describe(state))
     std = (state.squares / state.freedom).sqrt()
     first = torch.unique(state.epoch)
     epoch, end = torch.searchsorted(first, state.epoch), first.new_tensor([state.epochs])

@@ -53,16 +53,6 @@ def stats(seed: int) -> mc.GroupStats:
     return mc.update_group_stats(mc.init_group_stats(3, 2), rewards, GROUPS)
 
 
-def alignment_stats(seed: int) -> mc.AlignmentStats:
-    empty = mc.init_alignment_stats(3, bins=10)
-    return mc.update_alignment_stats(
-        empty,
-        rand(3, dtype=torch.float64, seed=seed).tanh(),
-        torch.full((3,), 1 / 3).double(),
-        torch.tensor(0.5).double(),
-    )
-
-
 def unit(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
     return rand(*shape, dtype=torch.float64, seed=seed).sigmoid().to(dtype)
 
@@ -223,18 +213,6 @@ CASES: dict[str, Case] = {
     "alignment": Case(mc.alignment, lambda d, s: (psd(d, s), rand(3, dtype=d, seed=s)), dtypes=HALF),
     "cross_alignment": Case(mc.cross_alignment, lambda d, s: (tree(d, s), tree(d, s, 3)), "float64", dtypes=HALF),
     "null_alignment": Case(lambda: mc.null_alignment(5), lambda d, s: (), batched=False),
-    "init_alignment_stats": Case(lambda: mc.init_alignment_stats(3), lambda d, s: (), batched=False),
-    "update_alignment_stats": Case(
-        mc.update_alignment_stats,
-        lambda d, s: (
-            alignment_stats(s),
-            rand(3, dtype=d, seed=s).tanh(),
-            rand(3, dtype=d, seed=s).softmax(0),
-            unit(dtype=d, seed=s),
-        ),
-    ),
-    "merge_alignment_stats": Case(mc.merge_alignment_stats, lambda d, s: (alignment_stats(s), alignment_stats(s + 1))),
-    "summarize_alignment_stats": Case(mc.summarize_alignment_stats, lambda d, s: (alignment_stats(s),), "float64"),
 }
 
 FUNCTIONS = {name for name in mc.__all__ if inspect.isfunction(getattr(mc, name))}
@@ -364,7 +342,6 @@ def test_a_tensor_of_the_wrong_dtype_is_an_error_or_kept_apart(name: str) -> Non
     "state",
     [
         stats(0),
-        alignment_stats(0),
         mc.init_coefficients(3),
         mc.init_gram_ema(3),
         mc.init_moments(tree(torch.float32, 0, 3)),

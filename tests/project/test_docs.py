@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import runpy
 import shlex
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def test_documented_make_targets_exist() -> None:
 
 def test_every_public_module_has_an_api_page() -> None:
     modules = {p.stem for p in (ROOT / "marble_core").glob("*.py") if not p.stem.startswith("_")}
-    assert {p.stem for p in (ROOT / "docs" / "api").glob("*.md")} == modules | {"rules"}
+    assert {p.stem for p in (ROOT / "docs" / "api").glob("*.md")} == modules | {"rules", "index"}
     rules = (ROOT / "docs" / "api" / "rules.md").read_text(encoding="utf-8")
     for path in (ROOT / "marble_core" / "rules").glob("*.py"):
         assert path.stem == "__init__" or f"::: marble_core.rules.{path.stem}\n" in rules
@@ -121,7 +122,7 @@ def test_every_public_module_has_an_api_page() -> None:
 def test_sections_that_docstrings_cite_exist() -> None:
     theory = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
     numbers = [int(n) for n in re.findall(r"^## (\d+)\. ", theory, re.MULTILINE)]
-    assert numbers == list(range(1, 14))
+    assert numbers == list(range(1, 15))
     for path in (ROOT / "marble_core").glob("*.py"):
         for cited in re.findall(r"theory\.md,\s+sections?\s+(\d+)", path.read_text(encoding="utf-8")):
             assert int(cited) in numbers, f"{path.name} cites section {cited}"
@@ -130,3 +131,20 @@ def test_sections_that_docstrings_cite_exist() -> None:
 def test_version_is_the_changelogs_and_the_citations() -> None:
     assert f"## [{marble_core.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"version: {marble_core.__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_the_index_of_names_is_what_its_script_writes() -> None:
+    names = runpy.run_path(str(ROOT / "docs" / "names.py"))
+    assert names["FILE"].read_text(encoding="utf-8") == names["page"]()
+
+
+def test_every_statement_of_the_theory_names_tests_that_exist() -> None:
+    theory = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+    table = theory[theory.index("## 14. Where each statement is checked") :]
+    named = re.findall(r"`(test_\w+)`", table)
+    assert len(named) > 25
+    files = [*(ROOT / "property_tests").glob("*.py"), *(ROOT / "tests" / "core").glob("*.py")]
+    there = {name for path in files for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M)}
+    assert set(named) <= there
+    sections = {int(n) for n in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)}
+    assert sections == set(range(2, 13))
