@@ -172,8 +172,9 @@ def merge_group_stats(a: GroupStats, b: GroupStats) -> GroupStats:
 
     Reference: Chan, Golub and LeVeque (1983), Algorithms for computing the sample variance, eq. 2.1.
     """
-    _check_stats("a", a, a.mean.shape[-1])
-    _check_stats("b", b, a.mean.shape[-1])
+    K = a.mean.shape[-1] if a.mean.ndim else 0
+    _check_stats("a", a, K)
+    _check_stats("b", b, K)
     require_same_shape("b", b.mean, "a", a.mean)
     n = a.count + b.count
     share = b.count / n.clamp(min=1)

@@ -88,6 +88,8 @@ def cross_alignment(direction: Any, rows: Any) -> Alignment:
     for d, x in pairs:
         require_float("rows", x, "[K, ...]", range(1, 65))
         require(d.shape == x.shape[1:], "direction", f"a leaf of shape {list(x.shape[1:])}", describe(d))
+        K = leaves[0].shape[0]
+        require(x.shape[0] == K >= 1, "rows", f"the same K >= 1 in every leaf, {K} in the first", describe(x))
     zero = torch.zeros(leaves[0].shape[0], dtype=torch.float64, device=leaves[0].device)
     products = sum((x.detach().double().flatten(1) @ d.detach().double().flatten() for d, x in pairs), start=zero)
     squares = sum((x.detach().double().flatten(1).square().sum(-1) for _, x in pairs), start=zero)

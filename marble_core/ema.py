@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from marble_core._check import describe, require, require_range, require_same_trees, require_vector, wide
+from marble_core._check import (
+    describe,
+    require,
+    require_float,
+    require_range,
+    require_same_trees,
+    require_vector,
+    wide,
+)
 from marble_core.harmonize import Harmonization
 
 
@@ -87,7 +95,12 @@ def update_coefficients(
     Reference: MARBLE (Zhao et al., arXiv 2605.06507), section 3.5; guard and shares: docs/theory.md, section 10.
     """
     old, active = state.weights, harmonization.active
-    require_vector("harmonization.weights", harmonization.weights, old.shape[0], "K")
+    require_float("state.weights", old, "[K]", (1,))
+    K = old.shape[0]
+    require_vector("harmonization.weights", harmonization.weights, K, "K")
+    for name, x in (("harmonization.active", active), ("state.steps_since_signal", state.steps_since_signal)):
+        require(x.shape == (K,), name, f"[K] = [{K}]", describe(x))
+    require(active.dtype == torch.bool, "harmonization.active", f"bool[{K}]", describe(active))
     require_range("rho", rho, 0.0, 1.0)
     share = torch.where(active, old, 0.0)
     mass = share.sum()

@@ -91,10 +91,11 @@ def update_gains(
 
     Reference: docs/design/0003-noise.md.
     """
-    K = state.mean.shape[1]
+    K = _check_state(state)
     require_float("rewards", rewards, "[N, K]", (2,))
     require(rewards.shape[1] == K, "rewards", f"K = {K} columns, as the state has", describe(rewards))
-    usable = isinstance(groups, Tensor) and not groups.is_floating_point() and groups.shape == rewards.shape[:1]
+    whole = isinstance(groups, Tensor) and not (groups.is_floating_point() or groups.is_complex())
+    usable = whole and groups.dtype != torch.bool and groups.shape == rewards.shape[:1]
     require(usable, "groups", f"integers [N] = [{len(rewards)}]", describe(groups))
     if applicable is not None:
         same = applicable.shape == rewards.shape and applicable.dtype == torch.bool
@@ -119,6 +120,20 @@ def update_gains(
         freedom,
     )
     return _joined(longer)
+
+
+def _check_state(state: GainState) -> int:
+    """K, if everything in the state fits together."""
+    require(isinstance(state, GainState), "state", "a GainState", describe(state))
+    require_float("state.squares", state.squares, "[K]", (1,))
+    n, K = state.prompt.shape[0] if state.prompt.ndim == 1 else -1, state.squares.shape[0]
+    shapes = {"prompt": (n,), "epoch": (n,), "mean": (n, K), "images": (n, K), "freedom": (K,)}
+    for name, shape in shapes.items():
+        x = getattr(state, name)
+        kind = torch.int64 if name in ("prompt", "epoch") else torch.float64
+        fits = x.shape == shape and x.dtype == kind
+        require(fits, f"state.{name}", f"{str(kind)[6:]}{list(shape)}, as the rest of the state", describe(x))
+    return K
 
 
 def _joined(state: GainState) -> GainState:
@@ -153,7 +168,7 @@ def gains_since_start(state: GainState) -> Tensor:
         ``[K]``, float64; NaN where nothing can be told: a reward that never applied, or never varied.
 
     Raises:
-        ValueError: ``state`` is no ``GainState``.
+        ValueError: ``state`` does not fit together.
 
     Example:
         >>> gains_since_start(init_gains(2))
@@ -161,7 +176,7 @@ def gains_since_start(state: GainState) -> Tensor:
 
     Reference: docs/design/0003-noise.md.
     """
-    require(isinstance(state, GainState), "state", "a GainState", describe(state))
+    _check_state(state)
     std = (state.squares / state.freedom).sqrt()
     first = torch.unique(state.epoch)
     epoch, end = torch.searchsorted(first, state.epoch), first.new_tensor([state.epochs])

@@ -116,6 +116,7 @@ def _leaf_pairs(rows: Any, other: Any) -> Iterator[tuple[Any, Any]]:
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, inv: Tensor | None) -> Tensor:
     """``total + a diag(inv) b^T`` over flattened trailing dimensions, in float64 chunks."""
     K = a.shape[0]
+    require(K >= 1, "rows", "at least one gradient, K >= 1", describe(a))
     require(total is None or total.shape[0] == K, "rows", "the same leading K in every leaf", describe(a))
     a, b = a.detach().reshape(K, -1), b.detach().reshape(K, -1)
     root = None if inv is None else inv.detach().reshape(-1)

@@ -74,6 +74,8 @@ def update_gram_ema(state: GramEma, gram: Tensor, *, decay: float) -> tuple[Gram
     Reference: this project, docs/theory.md, section 12; bias correction: Adam (Kingma and Ba, 2015).
     """
     require_gram("gram", gram)
+    require_gram("state.value", state.value)
+    require_float("state.weight", state.weight, "[]", (0,))
     require_same_shape("gram", gram, "state.value", state.value)
     require_range("decay", decay, 0.0, 1.0 - 1e-12)
     value = decay * state.value + (1.0 - decay) * gram.detach().to(state.value.dtype)
@@ -144,6 +146,11 @@ def update_moments(state: Moments, rows: Any, *, decay: float, active: Tensor | 
     """
     require_range("decay", decay, 0.0, 1.0 - 1e-12)
     require_same_trees("rows", rows, "state.mean", state.mean)
+    require_float("state.weight", state.weight, "[K]", (1,))
+    for x in (*pytree.tree_leaves(rows), *pytree.tree_leaves(state.mean)):
+        require_float("rows", x, "[K, ...]", range(1, 65))
+        K = state.weight.shape[0]
+        require(x.shape[0] == K, "rows", f"leaves [K, ...] with the state's K = {K}", describe(x))
     ok = active is None or (active.dtype == torch.bool and active.shape == state.weight.shape)
     require(ok, "active", f"a bool tensor of shape {list(state.weight.shape)}", describe(active))
     keep = torch.full_like(state.weight, decay)

@@ -161,7 +161,8 @@ def noise_aware_weights(signal: Tensor, gram: Tensor, wanted: Tensor | None = No
     K = S.shape[-1]
     p = S.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt() if wanted is None else wanted.detach().double()
     require_float("wanted", p, "[..., K]", range(1, 65))
-    require(p.shape[-1] == K, "wanted", f"K = {K} entries, one a reward", describe(p))
+    fits = p.shape[-1] == K and p.shape[:-1] in (torch.Size(), S.shape[:-2])
+    require(fits, "wanted", f"K = {K} entries, one a reward, in {list(S.shape[:-1])} or [{K}]", describe(p))
     p = p.expand(S.shape[:-1])
     on = p > 0
     bad = ~(S.isfinite().all(-1).all(-1) & G.isfinite().all(-1).all(-1) & p.isfinite().all(-1))

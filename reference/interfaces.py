@@ -152,6 +152,8 @@ def _one(name: str, reward: Reward, images: Tensor, prompts: Sequence[Prompt], n
     N = images.shape[0]
     try:
         result = _called(name, reward, images, prompts)
+    except RewardError:
+        raise
     except Exception as error:
         raise RewardError(f"reward {name!r} raised {place_of(error)}") from error
     values, applicable = _scores_of(result, N)

@@ -102,7 +102,7 @@ def _check_ranges(config: Config) -> None:
         "optim.weight_decay": optim.weight_decay,
         "log.eval_every": config.log.eval_every,
         "log.measure_every": config.log.measure_every, "log.save_every": config.log.save_every,
-        "scoring.batch": config.scoring.batch,
+        "scoring.batch": config.scoring.batch, "scoring.timeout": config.scoring.timeout,
     }  # fmt: skip
     for name, value in not_negative.items():
         _check(value >= 0, f"{name} to be at least 0", value)

@@ -99,6 +99,8 @@ class ScoringConfig:
     """Images given to a reward at a time; 0 for all of an epoch."""
     background: bool = False
     """Score in a thread of its own while the next images are sampled. The scores are the same; needs batch."""
+    timeout: float = 0.0
+    """Seconds that a reward may take for a batch of images, then the run stops and says which; 0 for no limit."""
     models: tuple[str, ...] = ()
     """Where rewards load their models from, as name=source: a folder, a hub id or a server's URL."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reference.config.settings import REWARDS, Config
-from reference.errors import ConfigError
+from reference.errors import ConfigError, RewardError
 from reference.interfaces import Prompt, Reward, Scores, load_callable, score
 from reference.processes.devices import device_of
 from reference.world.rewards import REWARDS as WORLD
@@ -47,7 +48,10 @@ def scorer_of(config: Config, names: Sequence[str], loaded: Mapping[str, Reward]
     s = config.scoring
     device = device_of(config.device) if s.device == "auto" else device_of(s.device, "scoring.device")
     missing = tuple(name for name in names if name not in (loaded or {}))
-    found = dict(loaded or {}) | load_rewards(missing, device, sources_of(config))
+    new = load_rewards(missing, device, sources_of(config))
+    if s.timeout:
+        new = {name: limited(name, reward, s.timeout) for name, reward in new.items()}
+    found = dict(loaded or {}) | new
     return Scorer({name: found[name] for name in names}, device, s.batch, s.background)
 
 
@@ -93,6 +97,34 @@ def _load(name: str, device: torch.device, source: str | None) -> Reward:
             reward: Reward = load_callable(f"reference.rewards.{name}:load", "rewards")(device, source)
         return reward
     return load_callable(name, "rewards")
+
+
+def limited(name: str, reward: Reward, seconds: float) -> Reward:
+    """A reward that fails when it takes too long. What hangs cannot be stopped: its thread ends with the process."""
+
+    def score(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Any:
+        found: list[Any] = []
+
+        def work() -> None:
+            try:
+                with torch.no_grad():  # which each thread has for itself
+                    found.extend((reward(images, prompts, metadata), None))
+            except BaseException as error:
+                found.extend((None, error))
+
+        thread = threading.Thread(target=work, name=f"reward {name}", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if len(found) < 2:
+            raise RewardError(
+                f"reward {name!r} took longer than scoring.timeout = {seconds:g} s for {len(images)} images"
+            )
+        result, error = found
+        if error is not None:
+            raise error
+        return result
+
+    return score
 
 
 def _on_cpu(reward: Reward) -> Reward:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from reference.errors import ConfigError
+from reference.run.lock import lock
 
 
 class Live:
@@ -36,6 +37,8 @@ class Live:
         self.main = main
         self.accelerator = _trackers(run, trackers) if trackers and main else None
         self.file = (run / "metrics.jsonl" if main else Path(os.devnull)).open("ab", buffering=0)
+        if main:
+            lock(self.file, run)
         self.position = self.file.seek(0, os.SEEK_END)  # of the last whole line
         self.pending = ""
         self.full = False

@@ -23,6 +23,7 @@ from reference.processes.peers import World
 from reference.run import checkpoint
 from reference.run.inputs import Inputs
 from reference.run.live import Live
+from reference.run.lock import check_unlocked
 from reference.run.watch import Health
 from reference.step.balance import Balance
 from reference.step.estimate import Tree
@@ -65,6 +66,7 @@ def open_run(config: Config, resume: bool) -> None:
     """Make the run folder and write ``config.toml``; refuse to write over a run, or to go on as a different one."""
     run = config.run
     metrics = run / "metrics.jsonl"
+    check_unlocked(run)
     if not resume and (begun(run) or (metrics.exists() and metrics.stat().st_size)):
         raise ConfigError(f"run: {run} already holds a run. Continue it with --resume, or choose another --run.")
     if resume and not begun(run):

@@ -1,0 +1,151 @@
+"""Runs that are killed, doubled or kept waiting. ``KILLS=100 pytest tests/faults`` kills more; ``make faults`` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from reference.config.presets import preset
+from reference.config.settings import Config, ScoringConfig
+from reference.errors import ConfigError, RewardError
+from reference.interfaces import plain_prompts, score
+from reference.rewards.scorer import scorer_of
+from reference.run.lock import lock
+from reference.run.state import newest
+from reference.train import train
+
+ROOT = Path(__file__).resolve().parents[2]
+KILLS = int(os.environ.get("KILLS", "2"))
+pytestmark = pytest.mark.slow
+
+
+def config(run: Path, **changes: Any) -> Config:
+    tiny = preset("tiny")
+    log = dataclasses.replace(tiny.log, watch=(), eval_every=1)
+    given: dict[str, Any] = {"epochs": 3, "rewards": ("objects", "colour", "jpeg"), "threads": 1, **changes}
+    return dataclasses.replace(tiny, run=run, log=log, **given)
+
+
+def contents(run: Path) -> tuple[str, list[dict[str, Any]]]:
+    """A hash of all adapters at the end, and the records without times."""
+    found = hashlib.sha256()
+    state = newest(run)
+    for kind in ("default", "old", "ema"):
+        for _, x in sorted(state[kind].items()):
+            found.update(x.contiguous().view(torch.uint8).numpy().tobytes())
+    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return found.hexdigest(), [{k: v for k, v in r.items() if "seconds" not in k} for r in lines]
+
+
+@pytest.mark.parametrize("balance", ["soft-min", "cone"])
+def test_a_run_that_is_killed_at_random_ends_as_an_undisturbed_one(tmp_path: Path, balance: str) -> None:
+    train(config(tmp_path / "calm", balance=balance))
+    rng, run = random.Random(balance), tmp_path / "killed"
+    flags = ["train", "--preset", "tiny", "--balance", balance, "--rewards", "objects", "colour", "jpeg"]
+    flags += ["--epochs", "3", "--threads", "1", "--log.watch", "--log.eval-every", "1", "--run", str(run)]
+    command = [sys.executable, "-m", "reference", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    killed = 0
+    for _ in range(20 * KILLS):
+        begun = any((run / "checkpoints").glob("step-*.ckpt"))
+        process = subprocess.Popen(
+            [*command, "--resume"] if begun else command,
+            env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        if killed < KILLS:
+            while process.poll() is None and not (run / "metrics.jsonl").exists():
+                time.sleep(0.01)
+            time.sleep(rng.random() * 4 + 2 * begun)  # while it samples, scores, trains, saves, evaluates or reports
+        if killed < KILLS and process.poll() is None:
+            process.kill()
+            killed += 1
+        elif killed < KILLS:  # it was too fast: begin again
+            process.communicate()
+            shutil.rmtree(run)
+            continue
+        _, error = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -9, error.decode()
+    assert killed == KILLS
+    assert contents(run) == contents(tmp_path / "calm")
+    assert (run / "report.html").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks")
+def test_a_second_trainer_is_refused_while_the_first_is_alive(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config(run, epochs=1))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with (run / "metrics.jsonl").open("ab") as file:
+        lock(file, run)
+        with pytest.raises(ConfigError, match=r"run: another trainer is writing to .*run\. Wait for it, stop it"):
+            train(config(run, epochs=2), resume=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    train(config(run, epochs=2), resume=True)
+
+
+def test_a_run_folder_may_move_between_two_parts(tmp_path: Path) -> None:
+    train(config(tmp_path / "calm", epochs=2))
+    train(config(tmp_path / "here", epochs=1))
+    (tmp_path / "here").rename(tmp_path / "there")
+    train(config(tmp_path / "there", epochs=2), resume=True)
+    assert contents(tmp_path / "there")[0] == contents(tmp_path / "calm")[0]
+
+
+released = threading.Event()
+
+
+def hangs(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
+    released.wait(60)
+    return images.mean((1, 2, 3))
+
+
+def tracked(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
+    assert not torch.is_grad_enabled()
+    weight = torch.ones((), requires_grad=True)
+    with torch.enable_grad():
+        return images.mean((1, 2, 3)) * weight
+
+
+def raises(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
+    raise KeyError("size")
+
+
+def test_a_reward_that_hangs_is_named_where_there_is_a_limit(tmp_path: Path) -> None:
+    def scores(name: str, timeout: float) -> Any:
+        own = f"{__name__}:{name}"
+        made = Config(rewards=(own,), scoring=ScoringConfig(timeout=timeout))
+        return score(scorer_of(made, (own,)).rewards, torch.rand(2, 3, 8, 8), plain_prompts(["a", "b"]))
+
+    try:
+        began = time.monotonic()
+        with pytest.raises(RewardError, match=r"'.*:hangs' took longer than scoring\.timeout = 0\.2 s for 2 images"):
+            scores("hangs", 0.2)
+        assert time.monotonic() - began < 10
+        found = scores("tracked", 30.0)
+        assert not found.values.requires_grad  # no graph is kept
+        with pytest.raises(RewardError, match=r":raises' raised KeyError: 'size' \(test_runs\.py, line \d+\)"):
+            scores("raises", 30.0)
+        waiting = config(tmp_path / "run", rewards=("colour", f"{__name__}:hangs"), scoring=ScoringConfig(timeout=0.2))
+        with pytest.raises(RewardError, match=r"took longer than scoring\.timeout.*go on with --resume"):
+            train(waiting)
+        released.set()
+        train(dataclasses.replace(waiting, scoring=ScoringConfig(timeout=60.0)), resume=True)
+    finally:
+        released.set()
