@@ -148,3 +148,14 @@ def test_every_statement_of_the_theory_names_tests_that_exist() -> None:
     assert set(named) <= there
     sections = {int(n) for n in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)}
     assert sections == set(range(2, 13))
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?!promise|---)(.+) \| (.+) \|$", text, re.MULTILINE)
+    assert len(rows) > 20
+    files = [*(ROOT / "property_tests").glob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    there = {name for path in files for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M)}
+    for promise, tests in rows:
+        assert re.findall(r"`(test_\w+)`", tests), promise
+        assert set(re.findall(r"`(test_\w+)`", tests)) <= there, promise
