@@ -164,5 +164,6 @@ def _common_K(rows: Any) -> int:
     require(len(leaves) > 0, "rows", "at least one leaf [K, ...]", "none")
     for leaf in leaves:
         require_float("rows", leaf, "[K, ...]", range(1, 65))
+        require(leaf.shape[0] >= 1, "rows", "at least one gradient, K >= 1", describe(leaf))
         require(leaf.shape[0] == leaves[0].shape[0], "rows", "the same leading K in every leaf", describe(leaf))
     return int(leaves[0].shape[0])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from marble_core import combine_rows, flatten_rows, gradient_rows, unflatten_like
+from marble_core import combine_rows, flatten_rows, gradient_rows, gram_matrix, unflatten_like
 
 
 def rand(*shape: int, seed: int) -> Tensor:
@@ -96,3 +96,9 @@ def test_one_cotangent_at_a_time_serves_what_cannot_be_vectorized() -> None:
     for k in range(2):
         alone = torch.func.grad(lambda p, k=k: losses(p)[k])(params)
         assert all(torch.equal(rows[name][k], g) for name, g in alone.items())
+
+
+@pytest.mark.parametrize("call", [flatten_rows, gram_matrix, lambda x: combine_rows(x, torch.zeros(0))])
+def test_no_gradient_at_all_is_named(call: Callable[[Any], Any]) -> None:
+    with pytest.raises(ValueError, match=r"rows: expected at least one gradient, K >= 1, got float32\[0, 3\]"):
+        call(torch.zeros(0, 3))
