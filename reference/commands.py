@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -72,14 +73,17 @@ def controls_command(a: Controls) -> None:
 
 def report_command(a: Report) -> None:
     """Run ``report``."""
-    from reference.run.report import write_report
+    from reference.run.report import usable_runs, write_comparison, write_report
 
-    if not a.run.is_dir():
-        raise ConfigError(f"--run: expected the folder of a run, got {a.run}.")
-    try:
-        print(f"report: {write_report(a.run)}")
-    except ValueError as error:
-        raise ConfigError(f"--run: cannot report on {a.run}: {error}") from error
+    given = a.run or (Path("runs/world"),)
+    runs, faults = usable_runs(given)
+    if not runs:
+        raise ConfigError("\n".join(faults))
+    print("".join(f"left out: {fault}\n" for fault in faults), end="", file=sys.stderr)
+    if len(given) == 1:
+        print(f"report: {write_report(given[0])}")
+    else:
+        print(f"report: {write_comparison(runs, a.out or given[0].parent / 'comparison.html')}")
 
 
 def compare_command(a: Compare) -> None:

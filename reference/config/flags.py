@@ -252,7 +252,9 @@ class Similarity:
 
 @dataclass(frozen=True)
 class Report:
-    """Write the HTML report of a run again."""
+    """Write the HTML report of a run again, or one page that compares several."""
 
-    run: Path = Path("runs/world")
-    """Folder of the run."""
+    run: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """Folder of a run, as often as there are runs to compare; by default runs/world."""
+    out: Path | None = None
+    """The page about several runs; by default comparison.html beside the first run."""

@@ -148,6 +148,24 @@ def write_comparison(runs: Mapping[str, Path], path: Path) -> Path:
     return _write_page(path, "Comparison of runs", (*sections, _cosines(loaded), _images(loaded)))
 
 
+def usable_runs(folders: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
+    """Runs that can be reported on, by labels that tell them apart, and a line about each that cannot."""
+    names = [folder.resolve().name for folder in folders]
+    runs, faults = {}, []
+    for folder, name in zip(folders, names, strict=True):
+        label = name if names.count(name) == 1 else str(folder)
+        if not folder.is_dir():
+            faults.append(f"--run: expected the folder of a run, got {folder}.")
+            continue
+        try:
+            _load(folder)
+        except ValueError as error:
+            faults.append(f"--run: cannot report on {folder}: {error}")
+            continue
+        runs[label] = folder
+    return runs, faults
+
+
 def reward_table(run: Path) -> str:
     """Held-out rewards before and after as aligned text, with the paired change and what its interval allows to say.
 

@@ -198,3 +198,23 @@ def test_without_its_packages_the_trainer_says_how_to_install_them() -> None:
     assert done.returncode == 1
     assert "pip install . ./reference" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_report_about_several_runs_leaves_out_what_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, balance in (("a", "uniform"), ("b", "marble")):
+        run = str(tmp_path / name)
+        assert main(["train", "--preset", "tiny", "--run", run, "--epochs", "1", "--balance", balance]) == 0
+    capsys.readouterr()
+    runs = [part for name in ("a", "none", "b") for part in ("--run", str(tmp_path / name))]
+    assert main(["report", *runs]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"report: {tmp_path / 'comparison.html'}\n"
+    assert err == f"left out: --run: expected the folder of a run, got {tmp_path / 'none'}.\n"
+    page = (tmp_path / "comparison.html").read_text(encoding="utf-8")
+    assert "objects (a)" in page
+    assert "objects (b)" in page
+    assert main(["report", *runs, "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == page
