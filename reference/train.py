@@ -14,7 +14,7 @@ from reference.config.settings import Config
 from reference.errors import Interrupted, TrainingError, with_the_way_on
 from reference.policy.adapters import follow_old, parameters
 from reference.processes.devices import tf32
-from reference.processes.peers import World, any_of, check_equal, connect, stop_on_interrupt, together
+from reference.processes.peers import Peers, any_of, check_equal, connect, stop_on_interrupt, together
 from reference.prompts.pool import images_of_epoch, learns_spread, prompt_numbers
 from reference.run import checkpoint
 from reference.run.held_out import evaluate_held_out, evaluation_due
@@ -53,19 +53,19 @@ def train(config: Config, *, resume: bool = False) -> Path:
         Interrupted: Ctrl-C; its newest state is saved.
     """
     validate(config)
-    world = connect(config.device, sharded=config.model.shard)
-    with together(world):
-        return _train(config, resume, world)
+    peers = connect(config.device, sharded=config.model.shard)
+    with together(peers):
+        return _train(config, resume, peers)
 
 
-def _train(config: Config, resume: bool, world: World) -> Path:
+def _train(config: Config, resume: bool, peers: Peers) -> Path:
     """``train`` on this process."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    with opened(config, resume, world) as (run, state, rng), stop_on_interrupt() as stop, tf32(run.base.device):
-        check_equal({"the checkpoints' steps": torch.tensor(state.step)}, world)
+    with opened(config, resume, peers) as (run, state, rng), stop_on_interrupt() as stop, tf32(run.base.device):
+        check_equal({"the checkpoints' steps": torch.tensor(state.step)}, peers)
         _loop(run, state, stop, rng)
-    return final_report(config.run) if world.rank == 0 else config.run / "report.html"
+    return final_report(config.run) if peers.rank == 0 else config.run / "report.html"
 
 
 def _loop(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None) -> None:
@@ -116,11 +116,11 @@ def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None)
         if rng is not None:
             checkpoint.set_rng_state(rng)
         while state.part < len(parts):
-            if any_of(stop[0], run.world):
+            if any_of(stop[0], run.peers):
                 raise Interrupted(f"stopped after step {state.step}; go on with --resume")
             run.live.phase(state.epoch, f"training, step {state.part + 1} of {len(parts)}")
-            rows = step_rows(run.base, weighed, parts[state.part], config, state.part, run.world)
-            whole = whole_step(parts[state.part], config, run.world)
+            rows = step_rows(run.base, weighed, parts[state.part], config, state.part, run.peers)
+            whole = whole_step(parts[state.part], config, run.peers)
             refresh = refreshes_at(run.method, state.step)
             micro_batch, verify = config.optim.micro_batch, not state.verified
             step = Step(refresh, gains, raw_sum, state.previous, micro_batch, whole, verify)
@@ -142,7 +142,7 @@ def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None)
 def _sampled(run: Run, state: State, clock: list[float]) -> Rollout:
     """An epoch's images and their scores; the times of sampling and scoring go into ``clock``."""
     config, epoch = run.config, state.epoch
-    seed_everything(config.seed, epoch, run.world)
+    seed_everything(config.seed, epoch, run.peers)
     prompts = images_of_epoch(run.inputs.pool, config, epoch)
 
     def drawn(share: float) -> None:
@@ -151,7 +151,7 @@ def _sampled(run: Run, state: State, clock: list[float]) -> Rollout:
             run.live.phase(epoch, "scoring")
 
     run.live.phase(epoch, "sampling")
-    how, draws = sampling_of(config.rollout, run.world), generator(config.seed, "rollout", epoch)
+    how, draws = sampling_of(config.rollout, run.peers), generator(config.seed, "rollout", epoch)
     rollout = sample_epoch(run.policy, run.base, run.inputs.trained, prompts, draws, how, drawn)
     clock.append(time.monotonic())
     return rollout
@@ -167,7 +167,7 @@ def _step(run: Run, state: State, rows: Rows, step: Step) -> State:
     finite = is_finite(result.gradient)
     if result.refresh is not None:
         norms = torch.stack([x.norm() for x in result.gradient.values()])
-        check_equal({"coefficients": result.coefficients, "gradients": norms}, run.world)
+        check_equal({"coefficients": result.coefficients, "gradients": norms}, run.peers)
     metrics = dict(result.metrics)
     if finite:
         metrics["grad_norm"] = _descend(run, result.gradient)

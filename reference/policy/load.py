@@ -11,10 +11,10 @@ from reference.policy.adapters import Policy, add_lora, compile_blocks
 from reference.policy.base import Base, load_base
 from reference.policy.sharding import shard_base
 from reference.processes.devices import device_of
-from reference.processes.peers import ALONE, World, first_on_machine
+from reference.processes.peers import ALONE, Peers, first_on_machine
 
 
-def load_model(config: Config, prompts: Sequence[str], world: World = ALONE) -> tuple[Base, Policy]:
+def load_model(config: Config, prompts: Sequence[str], peers: Peers = ALONE) -> tuple[Base, Policy]:
     """Load the base model and add adapters, which have no effect yet.
 
     The adapters' first weights are drawn on the CPU, so that they do not depend on the device.
@@ -22,14 +22,14 @@ def load_model(config: Config, prompts: Sequence[str], world: World = ALONE) -> 
     Args:
         config: of the run.
         prompts: all that will be encoded.
-        world: the processes that load it; each has its own, or with ``model.shard`` a share of the frozen tensors.
+        peers: the processes that load it; each has its own, or with ``model.shard`` a share of the frozen tensors.
 
     Raises:
         ConfigError: the device or the model cannot be used, and what to do.
         PeerError: another process has failed.
     """
     m, device = config.model, device_of(config.device)
-    with first_on_machine(world):
+    with first_on_machine(peers):
         if is_world(m.base):
             base = load_base(m.base, device)
         else:
@@ -48,7 +48,7 @@ def load_model(config: Config, prompts: Sequence[str], world: World = ALONE) -> 
         base.transformer, rank=m.lora_rank, alpha=m.lora_alpha, targets=m.lora_targets, seed=config.seed, autocast=dtype
     )
     if m.shard:
-        policy = shard_base(policy, world)
+        policy = shard_base(policy, peers)
     policy.model.to(device)
     if m.compile:
         compile_blocks(policy)

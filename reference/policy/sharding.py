@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 from reference.errors import ConfigError
 from reference.policy.adapters import Policy
-from reference.processes.peers import World
+from reference.processes.peers import Peers
 
 
 def can_shard() -> bool:
@@ -19,7 +19,7 @@ def can_shard() -> bool:
     return "ignored_params" in inspect.signature(fully_shard).parameters
 
 
-def shard_base(policy: Policy, world: World) -> Policy:
+def shard_base(policy: Policy, peers: Peers) -> Policy:
     """Give each process a share of every frozen tensor, in place; a block is whole only while it runs.
 
     Adapters stay whole everywhere: gradients, Gram matrices, optimiser and checkpoints are what they are without this.
@@ -27,18 +27,18 @@ def shard_base(policy: Policy, world: World) -> Policy:
 
     Args:
         policy: on the CPU, or anywhere; the shares move to this process's device block by block.
-        world: the processes; alone, nothing happens.
+        peers: the processes; alone, nothing happens.
 
     Raises:
         ConfigError: this PyTorch cannot leave adapters out.
     """
-    if world.size == 1:
+    if peers.size == 1:
         return policy
     if not can_shard():
         raise ConfigError(
             f"model.shard: PyTorch {torch.__version__} cannot leave the adapters whole. Update it, or do not shard."
         )
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    mesh = init_device_mesh(peers.device.type, (peers.size,))
     adapters = {p for tensors in policy.adapters.values() for p in tensors.values()}
     transformer = policy.model.get_base_model()
     for module in (*transformer.transformer_blocks, transformer):

@@ -38,7 +38,7 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True)
-class World:
+class Peers:
     """The processes of a run, and which of them this is.
 
     Attributes:
@@ -60,10 +60,10 @@ class World:
     on_pass: Callable[[], None] = _nothing
 
 
-ALONE = World()
+ALONE = Peers()
 
 
-def connect(device: str, *, sharded: bool = False) -> World:
+def connect(device: str, *, sharded: bool = False) -> Peers:
     """Find the other processes of a launcher (``torchrun``, ``accelerate launch``); without one there are none.
 
     They communicate by NCCL between GPUs and by Gloo between CPUs.
@@ -77,7 +77,7 @@ def connect(device: str, *, sharded: bool = False) -> World:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return World(device=device_of(device))
+        return Peers(device=device_of(device))
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(
@@ -93,31 +93,31 @@ def connect(device: str, *, sharded: bool = False) -> World:
     attempt = f"marble/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     run = server.add(f"{attempt}/connected/{state.process_index}", 1)  # each run of a process has keys of its own
     store = PrefixStore(f"{attempt}/{run}", server)
-    return World(state.process_index, size, state.local_process_index, state.device, store, sharded)
+    return Peers(state.process_index, size, state.local_process_index, state.device, store, sharded)
 
 
-def share_of(total: int, world: World) -> range:
+def share_of(total: int, peers: Peers) -> range:
     """The part of ``total`` numbered things that is this process's: contiguous, as even as possible.
 
     Example:
-        >>> [share_of(8, World(rank, 3)) for rank in range(3)]
+        >>> [share_of(8, Peers(rank, 3)) for rank in range(3)]
         [range(0, 2), range(2, 5), range(5, 8)]
     """
-    return range(total * world.rank // world.size, total * (world.rank + 1) // world.size)
+    return range(total * peers.rank // peers.size, total * (peers.rank + 1) // peers.size)
 
 
-def require_enough(counts: Mapping[str, int], world: World) -> None:
+def require_enough(counts: Mapping[str, int], peers: Peers) -> None:
     """Every process must have a share.
 
     Raises:
         ConfigError: there are fewer of something than processes.
     """
     for what, count in counts.items():
-        if count < world.size:
-            raise ConfigError(f"expected at least as many {what} as processes, got {count} for {world.size}.")
+        if count < peers.size:
+            raise ConfigError(f"expected at least as many {what} as processes, got {count} for {peers.size}.")
 
 
-def all_reduce(tree: T, world: World) -> T:
+def all_reduce(tree: T, peers: Peers) -> T:
     """Sums over all processes of every tensor of a tree, in one all-reduce a dtype; the same bits everywhere.
 
     Args:
@@ -126,21 +126,21 @@ def all_reduce(tree: T, world: World) -> T:
     Raises:
         PeerError: another process has failed.
     """
-    if world.size == 1:
+    if peers.size == 1:
         return tree
     leaves, spec = pytree.tree_flatten(tree)
     sums: dict[int, Tensor] = {}
     for dtype in dict.fromkeys(x.dtype for x in leaves):
         own = [i for i, x in enumerate(leaves) if x.dtype == dtype]
-        flat = torch.cat([leaves[i].detach().to(world.device).flatten() for i in own])
-        meet(world)
+        flat = torch.cat([leaves[i].detach().to(peers.device).flatten() for i in own])
+        meet(peers)
         torch.distributed.all_reduce(flat)
         for i, part in zip(own, torch.split(flat, [leaves[i].numel() for i in own]), strict=True):
             sums[i] = part.view(leaves[i].shape).to(leaves[i].device)
     return pytree.tree_unflatten([sums[i] for i in range(len(leaves))], spec)  # type: ignore[no-any-return]
 
 
-def gather_rows(tree: T, own: range, total: int, world: World) -> T:
+def gather_rows(tree: T, own: range, total: int, peers: Peers) -> T:
     """All rows ``[total, ...]`` of every tensor of a tree, from this process's rows ``[len(own), ...]``: exact, as the
     other processes' rows are zeros in the sum.
 
@@ -151,7 +151,7 @@ def gather_rows(tree: T, own: range, total: int, world: World) -> T:
     Raises:
         PeerError: another process has failed.
     """
-    if world.size == 1:
+    if peers.size == 1:
         return tree
 
     def placed(x: Tensor) -> Tensor:
@@ -159,27 +159,27 @@ def gather_rows(tree: T, own: range, total: int, world: World) -> T:
         whole[own.start : own.stop] = x
         return whole
 
-    return all_reduce(pytree.tree_map(placed, tree), world)  # type: ignore[no-any-return]
+    return all_reduce(pytree.tree_map(placed, tree), peers)  # type: ignore[no-any-return]
 
 
-def any_of(flag: bool, world: World) -> bool:
+def any_of(flag: bool, peers: Peers) -> bool:
     """Whether the flag is set on any process."""
-    if world.size == 1:
+    if peers.size == 1:
         return flag
-    return bool(all_reduce(torch.tensor(int(flag)), world))
+    return bool(all_reduce(torch.tensor(int(flag)), peers))
 
 
-def check_equal(things: Mapping[str, Tensor], world: World) -> None:
+def check_equal(things: Mapping[str, Tensor], peers: Peers) -> None:
     """Tensors that must be the same bits on all processes are, by their hashes.
 
     Raises:
         TrainingError: they are not; says which, and where.
         PeerError: another process has failed.
     """
-    if world.size == 1:
+    if peers.size == 1:
         return
     hashes = torch.tensor([[_hash(x) for x in things.values()]])
-    every = gather_rows(hashes, range(world.rank, world.rank + 1), world.size, world)
+    every = gather_rows(hashes, range(peers.rank, peers.rank + 1), peers.size, peers)
     for name, column in zip(things, every.unbind(1), strict=True):
         odd = (column != column[0]).nonzero().flatten().tolist()
         if odd:
@@ -217,125 +217,125 @@ def stop_on_interrupt() -> Iterator[list[bool]]:
 
 
 @contextlib.contextmanager
-def first_on_machine(world: World) -> Iterator[None]:
+def first_on_machine(peers: Peers) -> Iterator[None]:
     """One process of each machine first, then its others: for what is downloaded or computed once and then found.
 
     Raises:
         PeerError: another process has failed.
     """
-    if world.local_rank > 0:
-        meet(world)
+    if peers.local_rank > 0:
+        meet(peers)
     yield
-    if world.local_rank == 0:
-        meet(world)
+    if peers.local_rank == 0:
+        meet(peers)
 
 
 @contextlib.contextmanager
-def together(world: World) -> Iterator[None]:
+def together(peers: Peers) -> Iterator[None]:
     """Stop all processes when one fails, and let none leave before all are done.
 
     The others see it where they wait for each other, or ask with ``check_peers``, and raise a ``PeerError`` with its
     message. No process exits before all have seen it (or half a minute has passed), since a launcher kills the others
     when one exits, and process 0 may be saving. A process that was killed is missed after a minute.
     """
-    if world.store is None:
+    if peers.store is None:
         yield
         return
     done = threading.Event()
-    threading.Thread(target=_beat, args=(world, done), name="alive", daemon=True).start()
+    threading.Thread(target=_beat, args=(peers, done), name="alive", daemon=True).start()
     try:
         yield
-        meet(world)
-        _leave(world, wait=world.rank == 0)  # which may be the store's host
+        meet(peers)
+        _leave(peers, wait=peers.rank == 0)  # which may be the store's host
     except BaseException as error:  # whatever it is, the others must not wait for this process
         with contextlib.suppress(RuntimeError):  # the store may be gone with its host
             # only the first one counts: a failure that this one follows from is there already
-            world.store.compare_set("failure", "", f"process {world.rank} stopped: {type(error).__name__}: {error}")
-            _leave(world, wait=True)
+            peers.store.compare_set("failure", "", f"process {peers.rank} stopped: {type(error).__name__}: {error}")
+            _leave(peers, wait=True)
         raise
     finally:
         done.set()
 
 
-def _beat(world: World, done: threading.Event) -> None:
+def _beat(peers: Peers, done: threading.Event) -> None:
     """Give a sign of life again and again."""
-    assert world.store is not None
+    assert peers.store is not None
     with contextlib.suppress(RuntimeError):  # the others notice themselves that the store is gone
         while not done.wait(_BEAT):
-            world.store.add(f"alive/{world.rank}", 1)
+            peers.store.add(f"alive/{peers.rank}", 1)
 
 
-def _leave(world: World, *, wait: bool) -> None:
+def _leave(peers: Peers, *, wait: bool) -> None:
     """Say that this process is about to exit, and wait until all have said so."""
-    assert world.store is not None
-    world.store.add("left", 1)
+    assert peers.store is not None
+    peers.store.add("left", 1)
     deadline = time.monotonic() + _PATIENCE
-    while wait and world.store.add("left", 0) < world.size and time.monotonic() < deadline:
+    while wait and peers.store.add("left", 0) < peers.size and time.monotonic() < deadline:
         time.sleep(_SLOWEST_POLL)
 
 
-def check_peers(world: World) -> None:
+def check_peers(peers: Peers) -> None:
     """Go on, unless another process has failed.
 
     Raises:
         PeerError: it has, with its message.
     """
-    if world.store is None:
+    if peers.store is None:
         return
     try:
-        if world.store.check(["failure"]):
-            raise PeerError(world.store.get("failure").decode())
+        if peers.store.check(["failure"]):
+            raise PeerError(peers.store.get("failure").decode())
     except DistError as error:
         raise PeerError("the process that connects the others is gone; see its output.") from error
 
 
-def begin_pass(world: World) -> None:
+def begin_pass(peers: Peers) -> None:
     """Go on to a pass of the model, unless another process has failed; processes that need each other in it meet.
 
     Raises:
         PeerError: one has failed.
     """
-    world.on_pass()
-    if world.sharded:
-        meet(world)
+    peers.on_pass()
+    if peers.sharded:
+        meet(peers)
     else:
-        check_peers(world)
+        check_peers(peers)
 
 
-def meet(world: World) -> None:
+def meet(peers: Peers) -> None:
     """Wait until all processes are here. Unlike a collective, this ends when one of them has failed.
 
     Raises:
         PeerError: one has.
     """
-    if world.store is None:
+    if peers.store is None:
         return
     try:
         # nobody is here for the n-th time before all have been here n - 1 times
-        wanted = world.size * world.store.add(f"met/{world.rank}", 1)
-        here, pause = world.store.add("met", 1), 1e-4
+        wanted = peers.size * peers.store.add(f"met/{peers.rank}", 1)
+        here, pause = peers.store.add("met", 1), 1e-4
         heard: dict[int, tuple[int, float]] = {}
         while here < wanted:
-            check_peers(world)
-            heard = _listen(world, heard)
+            check_peers(peers)
+            heard = _listen(peers, heard)
             time.sleep(pause)
             pause = min(2 * pause, _SLOWEST_POLL)
-            here = world.store.add("met", 0)
+            here = peers.store.add("met", 0)
     except DistError as error:
         raise PeerError("the process that connects the others is gone; see its output.") from error
 
 
-def _listen(world: World, heard: dict[int, tuple[int, float]]) -> dict[int, tuple[int, float]]:
+def _listen(peers: Peers, heard: dict[int, tuple[int, float]]) -> dict[int, tuple[int, float]]:
     """Signs of life of each process so far, and when the last one was noticed; looked up every few seconds.
 
     Raises:
         PeerError: one has been silent for too long.
     """
-    assert world.store is not None
+    assert peers.store is not None
     now = time.monotonic()
     if heard and now - max(at for _, at in heard.values()) < _BEAT:
         return heard
-    counts = [world.store.add(f"alive/{rank}", 0) for rank in range(world.size)]
+    counts = [peers.store.add(f"alive/{rank}", 0) for rank in range(peers.size)]
     heard = {r: heard[r] if r in heard and heard[r][0] == count else (count, now) for r, count in enumerate(counts)}
     silent = [rank for rank, (_, at) in heard.items() if now - at > _SILENCE]
     if silent:

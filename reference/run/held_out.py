@@ -32,7 +32,7 @@ def evaluate_held_out(run: Run, state: State) -> None:
     name = "before" if state.epoch == 0 else "after" if last else f"epoch-{state.epoch:04d}"
     live.phase(state.epoch, "evaluating")
     r = run.config.rollout
-    judging = Judging(log.eval_images, 0, Sampling(r.sampler, log.eval_steps, r.batch, run.world))
+    judging = Judging(log.eval_images, 0, Sampling(r.sampler, log.eval_steps, r.batch, run.peers))
     scores, images = evaluate(run.policy, run.base, state.ema, inputs.held_out, inputs.watched, judging)
     means, rewards = prompt_means(scores, log.eval_images), inputs.watched.rewards
     columns = dict(zip(rewards, means.T.tolist(), strict=True))
@@ -43,7 +43,7 @@ def evaluate_held_out(run: Run, state: State) -> None:
         "settings": settings_of(run),
     }
     live.log({"kind": "eval", "step": state.step, "epoch": state.epoch, **record})
-    shown = first_images(images, len(inputs.held_out), log.eval_images, 40, run.world)
+    shown = first_images(images, len(inputs.held_out), log.eval_images, 40, run.peers)
     if live.main:
         path, scale = run.config.run / "grids" / f"{name}.png", max(1, 96 // shown.shape[-1])
         try:

@@ -15,7 +15,7 @@ from reference.errors import ConfigError
 from reference.policy.adapters import Policy, adapter_state, parameters
 from reference.policy.base import Base
 from reference.policy.load import load_model
-from reference.processes.peers import World, first_on_machine, meet, require_enough
+from reference.processes.peers import Peers, first_on_machine, meet, require_enough
 from reference.prompts.pool import all_prompts
 from reference.rewards.scorer import try_rewards
 from reference.run import checkpoint
@@ -28,41 +28,41 @@ from reference.step.method import method_of
 
 
 @contextlib.contextmanager
-def opened(config: Config, resume: bool, world: World) -> Iterator[tuple[Run, State, dict[str, Any] | None]]:
+def opened(config: Config, resume: bool, peers: Peers) -> Iterator[tuple[Run, State, dict[str, Any] | None]]:
     """A run, its state, and the generators' state where it was saved within an epoch.
 
     Raises:
         ConfigError: something cannot be used; the run folder is as it was.
     """
-    main = world.rank == 0
+    main = peers.rank == 0
     if main:
         check_trackers(config.log.trackers)
-    meet(world)
+    meet(peers)
     method = method_of(config)
-    base, policy, inputs, optimizer = _loaded(config, world)
+    base, policy, inputs, optimizer = _loaded(config, peers)
     if not resume and not is_world(config.model.base):  # there the first evaluation is seconds away, and says the same
         picture = base.decode(torch.zeros(1, *base.latent_shape, device=base.device))
         try_rewards(inputs.watched, [*all_prompts(inputs.pool), *inputs.held_out], picture.shape[1:])
     if main:
         open_run(config, resume)
-    meet(world)
+    meet(peers)
     live = Live(config.run, config.log.trackers, config.epochs, main=main)
     try:
-        shown = dataclasses.replace(world, on_pass=live.tick)
+        shown = dataclasses.replace(peers, on_pass=live.tick)
         run = Run(config, method, base, policy, optimizer, inputs, shown, live)
         yield run, *(_resumed(run) if resume else (_fresh(run), None))
     finally:
         live.close()
 
 
-def _loaded(config: Config, world: World) -> tuple[Base, Policy, Inputs, torch.optim.Optimizer]:
+def _loaded(config: Config, peers: Peers) -> tuple[Base, Policy, Inputs, torch.optim.Optimizer]:
     """Load everything that a run needs, before its folder is touched."""
-    with first_on_machine(world):
+    with first_on_machine(peers):
         inputs = prepare(config)
-    base, policy = load_model(config, [p.text for p in [*all_prompts(inputs.pool), *inputs.held_out]], world)
+    base, policy = load_model(config, [p.text for p in [*all_prompts(inputs.pool), *inputs.held_out]], peers)
     images = config.rollout.prompts_per_epoch * config.rollout.images_per_prompt
     seen = len(inputs.held_out) * config.log.eval_images
-    require_enough({"images of an epoch": images, "images of an evaluation": seen}, world)
+    require_enough({"images of an epoch": images, "images of an evaluation": seen}, peers)
     o = config.optim
     optimizer = torch.optim.AdamW(
         parameters(policy).values(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, eps=o.eps

@@ -19,7 +19,7 @@ from reference.config.toml import from_toml, to_toml
 from reference.errors import CheckpointError, ConfigError
 from reference.policy.adapters import Policy, adapter_state, load_adapter, lora_layers
 from reference.policy.base import Base
-from reference.processes.peers import World
+from reference.processes.peers import Peers
 from reference.run import checkpoint
 from reference.run.inputs import Inputs
 from reference.run.live import Live
@@ -42,7 +42,7 @@ class Run(NamedTuple):
     policy: Policy
     optimizer: torch.optim.Optimizer
     inputs: Inputs
-    world: World
+    peers: Peers
     live: Live
 
 

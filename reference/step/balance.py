@@ -133,10 +133,10 @@ def _recorded(found: Joined, balance: Balance, c: Tensor, step: Step) -> StepRes
 def _measured(policy: Policy, rows: Rows, loss: LossConfig, asked: Asked, whole: Whole) -> Joined:
     """All K gradients of a step, over all processes; only its first half is verified."""
     parts = [
-        all_rows(policy, part, loss, asked._replace(verify=asked.verify and i == 0), total, whole.world)
+        all_rows(policy, part, loss, asked._replace(verify=asked.verify and i == 0), total, whole.peers)
         for i, (part, total) in enumerate(halves(rows, whole))
     ]
-    return joined(all_reduce(parts, whole.world), whole, rows.A.shape[1])
+    return joined(all_reduce(parts, whole.peers), whole, rows.A.shape[1])
 
 
 def _added(gradient: Tree, pull: Tree) -> Tree:

@@ -11,7 +11,7 @@ from marble_core import group_advantages
 from reference.config.settings import Config, training_times
 from reference.interfaces import Scores
 from reference.policy.base import Base
-from reference.processes.peers import ALONE, World
+from reference.processes.peers import ALONE, Peers
 from reference.step.chance import generator, noise_of
 from reference.step.filling import busiest, filled_up
 from reference.step.gradients import Rows, Whole
@@ -55,10 +55,10 @@ def halves_of(index: Tensor, config: Config) -> Tensor:
     return half
 
 
-def whole_step(index: Tensor, config: Config, world: World) -> Whole:
+def whole_step(index: Tensor, config: Config, peers: Peers) -> Whole:
     """What a step of these images is over all processes."""
     half = halves_of(index, config)
-    return Whole(world, int((half == 0).sum()), len(half))
+    return Whole(peers, int((half == 0).sum()), len(half))
 
 
 class Weighed(NamedTuple):
@@ -70,7 +70,7 @@ class Weighed(NamedTuple):
     epoch: int
 
 
-def step_rows(base: Base, weighed: Weighed, index: Tensor, config: Config, part: int, world: World = ALONE) -> Rows:
+def step_rows(base: Base, weighed: Weighed, index: Tensor, config: Config, part: int, peers: Peers = ALONE) -> Rows:
     """Rows of one step: each of its images at some of the sampler's own times, with fresh noise.
 
     Of several processes, each gets the rows of its own images, the same ones whatever their number is; where they share
@@ -94,4 +94,4 @@ def step_rows(base: Base, weighed: Weighed, index: Tensor, config: Config, part:
         rollout.x0[place[own]], noise, schedule[chosen[own]], embeds, pooled, weighed.A[image], weighed.A_sum[image],
         half[own], prompt, torch.ones(len(own)),
     )  # fmt: skip
-    return filled_up(rows, *busiest(index, half, config, world)) if world.sharded else rows
+    return filled_up(rows, *busiest(index, half, config, peers)) if peers.sharded else rows

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reference.processes.peers import World
+from reference.processes.peers import Peers
 
 _ROWS = 256  # of noise drawn at a time
 
@@ -41,9 +41,9 @@ def noise_of(own: Tensor | range, total: int, shape: Sequence[int], draws: torch
     return found
 
 
-def seed_everything(seed: int, epoch: int, world: World) -> None:
+def seed_everything(seed: int, epoch: int, peers: Peers) -> None:
     """Seed the global generators, for rewards that use them, differently on each process."""
-    purpose = ("global", epoch, world.rank)[: 3 if world.rank else 2]
+    purpose = ("global", epoch, peers.rank)[: 3 if peers.rank else 2]
     value = int(torch.randint(2**31, (), generator=generator(seed, *purpose)))
     random.seed(value)
     np.random.seed(value)

@@ -11,7 +11,7 @@ from torch import Tensor
 from reference.interfaces import Prompt, Scores
 from reference.policy.adapters import Policy, weights_of
 from reference.policy.base import Base
-from reference.processes.peers import World, gather_rows, share_of
+from reference.processes.peers import Peers, gather_rows, share_of
 from reference.rewards.scorer import Scorer, score_images
 from reference.step.chance import generator, noise_of
 from reference.step.rollout import Sampling, gather_scores, generate_batches
@@ -47,8 +47,8 @@ def evaluate(
         ``(Scores [P * images, K], images)``, the images of a prompt side by side, on the CPU; this process's share of
         them.
     """
-    world, repeated = judging.how.world, [prompt for prompt in prompts for _ in range(judging.images)]
-    total, own = len(repeated), share_of(len(repeated), world)
+    peers, repeated = judging.how.peers, [prompt for prompt in prompts for _ in range(judging.images)]
+    total, own = len(repeated), share_of(len(repeated), peers)
     noise = noise_of(own, total, base.latent_shape, generator(judging.seed, "evaluation"))
     mine, pictures = repeated[own.start : own.stop], []
 
@@ -60,16 +60,16 @@ def evaluate(
 
     with weights_of(policy, weights):
         scores = score_images(scorer, drawn(), mine)
-    return gather_scores(scores, own, total, world), torch.cat(pictures)
+    return gather_scores(scores, own, total, peers), torch.cat(pictures)
 
 
-def first_images(own: Tensor, prompts: int, images: int, count: int, world: World) -> Tensor:
+def first_images(own: Tensor, prompts: int, images: int, count: int, peers: Peers) -> Tensor:
     """The first image of each of the first ``count`` prompts, from this process's share of all prompts' images."""
-    share, wanted = share_of(prompts * images, world), range(0, min(prompts, count) * images, images)
+    share, wanted = share_of(prompts * images, peers), range(0, min(prompts, count) * images, images)
     here = [place for place, number in enumerate(wanted) if number in share]
     first = here[0] if here else 0
     rows = own[[wanted[place] - share.start for place in here]]
-    return gather_rows(rows, range(first, first + len(here)), len(wanted), world)
+    return gather_rows(rows, range(first, first + len(here)), len(wanted), peers)
 
 
 def prompt_means(scores: Scores, images: int) -> Tensor:

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from reference.config.settings import Config
-from reference.processes.peers import World, share_of
+from reference.processes.peers import Peers, share_of
 from reference.step.gradients import PER_ROW, Rows, part_of
 
 
-def busiest(index: Tensor, half: Tensor, config: Config, world: World) -> tuple[int, int]:
+def busiest(index: Tensor, half: Tensor, config: Config, peers: Peers) -> tuple[int, int]:
     """The most rows that any process has in the first half of a step, and in the second."""
     N, J = config.rollout.prompts_per_epoch * config.rollout.images_per_prompt, len(half) // len(index)
-    shares = [share_of(N, World(rank, world.size)) for rank in range(world.size)]
+    shares = [share_of(N, Peers(rank, peers.size)) for rank in range(peers.size)]
     image = index.repeat_interleave(J)
     owned = torch.stack([(image >= share.start) & (image < share.stop) for share in shares])
     return int(owned[:, half == 0].sum(1).max()), int(owned[:, half == 1].sum(1).max())

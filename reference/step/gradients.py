@@ -11,7 +11,7 @@ from torch import Tensor
 from marble_core import affine_terms, branch_losses, interpolation, shared_cotangent_rows
 from reference.config.settings import LossConfig, pulls
 from reference.policy.adapters import Policy, active, merged, parameters, velocity
-from reference.processes.peers import ALONE, World, all_reduce, begin_pass
+from reference.processes.peers import ALONE, Peers, all_reduce, begin_pass
 from reference.step.estimate import Tree
 
 # From advantages [B, K] and those of the weighted sum [B] to the weight of each row's reward part [B].
@@ -54,12 +54,12 @@ class Whole(NamedTuple):
     """A step over all processes, each of which has some of its rows, or none.
 
     Attributes:
-        world: the processes.
+        peers: the processes.
         first: rows of the step's first half.
         total: rows of the step.
     """
 
-    world: World
+    peers: Peers
     first: int
     total: int
 
@@ -85,10 +85,10 @@ def part_of(rows: Rows, part: slice) -> Rows:
     return rows._replace(**{name: getattr(rows, name)[part] for name in PER_ROW})
 
 
-def micro_batches(rows: Rows, size: int, world: World = ALONE) -> Iterator[Rows]:
+def micro_batches(rows: Rows, size: int, peers: Peers = ALONE) -> Iterator[Rows]:
     """The rows, ``size`` at a time, where the model is; not to the end if another process has failed meanwhile."""
     for start in range(0, rows.x0.shape[0], size):
-        begin_pass(world)
+        begin_pass(peers)
         yield Rows(*(x.to(rows.embeds.device) for x in part_of(rows, slice(start, start + size))))
 
 
@@ -107,14 +107,14 @@ def one_gradient(
     """
     B, trained = whole.total, parameters(policy)
     total, sums = _zeros(trained), _no_sums(rows)
-    for part in micro_batches(rows, micro_batch, whole.world):
+    for part in micro_batches(rows, micro_batch, whole.peers):
         prox, signal, pulled, log = _terms(policy, part, loss)
         objective = (part.weight * (prox_scale * prox + weigh(part.A, part.A_sum) * signal + pulled)).sum() / B
         found = torch.autograd.grad(objective, list(trained.values()))
         for x, g in zip(total.values(), found, strict=True):
             x += g
         _add(sums, log | {"loss": objective.detach() * B})
-    total, sums = all_reduce((total, sums), whole.world)
+    total, sums = all_reduce((total, sums), whole.peers)
     return total, {name: float(x) / B for name, x in sums.items()}
 
 
@@ -134,19 +134,19 @@ class Asked(NamedTuple):
     verify: bool = False
 
 
-def all_rows(policy: Policy, rows: Rows, loss: LossConfig, asked: Asked, total: int, world: World = ALONE) -> Part:
+def all_rows(policy: Policy, rows: Rows, loss: LossConfig, asked: Asked, total: int, peers: Peers = ALONE) -> Part:
     """All K gradients of the reward part, those of the shared part and of the pull to the base, over the rows.
 
     Args:
         total: the number of rows over which means are taken, where other processes have some of them.
-        world: these processes; what they have is not added here.
+        peers: these processes; what they have is not added here.
     """
     B, K, trained = total, rows.A.shape[1], parameters(policy)
     h: Tree = {}
     shared, sums = _zeros(trained), _no_sums(rows)
     pull = _zeros(trained) if asked.full and pulls(loss) else {}
     verify = asked.verify
-    for part in micro_batches(rows, asked.micro_batch, world):
+    for part in micro_batches(rows, asked.micro_batch, peers):
         columns = interpolation(part.A, a_max=loss.a_max) - 0.5
         if asked.weigh is not None:
             columns = torch.cat([columns, asked.weigh(part.A, part.A_sum).unsqueeze(-1)], dim=-1)

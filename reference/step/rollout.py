@@ -15,7 +15,7 @@ from reference.config.settings import RolloutConfig
 from reference.interfaces import Prompt, Scores
 from reference.policy.adapters import Adapter, Policy, merged, velocity
 from reference.policy.base import Base
-from reference.processes.peers import ALONE, World, begin_pass, gather_rows, share_of
+from reference.processes.peers import ALONE, Peers, begin_pass, gather_rows, share_of
 from reference.rewards.scorer import Scorer, score_images
 from reference.step.chance import noise_of
 
@@ -29,18 +29,18 @@ class Sampling(NamedTuple):
         sampler: Euler, or DPM-Solver of order 2.
         steps: evaluations of the model.
         batch: images at a time.
-        world: the processes that draw them, each its ``share_of``.
+        peers: the processes that draw them, each its ``share_of``.
     """
 
     sampler: Sampler
     steps: int
     batch: int
-    world: World = ALONE
+    peers: Peers = ALONE
 
 
-def sampling_of(rollout: RolloutConfig, world: World = ALONE) -> Sampling:
+def sampling_of(rollout: RolloutConfig, peers: Peers = ALONE) -> Sampling:
     """The sampling of training images."""
-    return Sampling(rollout.sampler, rollout.steps, rollout.batch, world)
+    return Sampling(rollout.sampler, rollout.steps, rollout.batch, peers)
 
 
 class Rollout(NamedTuple):
@@ -80,7 +80,7 @@ def sample_epoch(
         RewardError: a reward failed.
         PeerError: another process failed.
     """
-    N, own = len(prompts), share_of(len(prompts), how.world)
+    N, own = len(prompts), share_of(len(prompts), how.peers)
     noise = noise_of(own, N, base.latent_shape, draws)
     mine, latents = prompts[own.start : own.stop], []
 
@@ -91,7 +91,7 @@ def sample_epoch(
             yield images
 
     scores = score_images(scorer, drawn(), mine)
-    return Rollout(prompts, torch.cat(latents), gather_scores(scores, own, N, how.world), own.start)
+    return Rollout(prompts, torch.cat(latents), gather_scores(scores, own, N, how.peers), own.start)
 
 
 def generate_batches(
@@ -119,12 +119,12 @@ def generate_batches(
     table = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     embeds, pooled = base.encode(list(table))
     place = torch.tensor([table[text] for text in texts], device=embeds.device)
-    N, most = len(texts), -(-(total or 0) // how.world.size) if how.world.sharded else 0
+    N, most = len(texts), -(-(total or 0) // how.peers.size) if how.peers.sharded else 0
     extra = max(0, most - N)
     place = torch.cat([place, place.new_zeros(extra)])
     noise = torch.cat([noise, noise.new_zeros(extra, *noise.shape[1:])])
     for start in range(0, N + extra, how.batch):
-        begin_pass(how.world)
+        begin_pass(how.peers)
         here = slice(start, start + how.batch)
         condition = (embeds[place[here]], pooled[place[here]])
         flow = lambda x, t, condition=condition: velocity(policy, x, t, condition)  # noqa: E731
@@ -185,7 +185,7 @@ def _ready(scheduler: FlowMatchEulerDiscreteScheduler, sampler: Sampler, steps: 
     return dpm
 
 
-def gather_scores(scores: Scores, own: range, total: int, world: World) -> Scores:
+def gather_scores(scores: Scores, own: range, total: int, peers: Peers) -> Scores:
     """The scores of all processes' images, from those of this one's."""
-    values, applicable = gather_rows((scores.values, scores.applicable.double()), own, total, world)
+    values, applicable = gather_rows((scores.values, scores.applicable.double()), own, total, peers)
     return Scores(values, applicable.bool())

@@ -27,7 +27,7 @@ from marble_core.rules import Evidence, soft_min
 from reference.config.settings import BUILT_IN_RULES, Config, LossConfig, SolveConfig
 from reference.errors import ConfigError, TrainingError
 from reference.policy.adapters import Policy, active, adapter_state, add_lora, load_adapter, parameters, velocity
-from reference.processes.peers import ALONE, World
+from reference.processes.peers import ALONE, Peers
 from reference.step import balance as balance_module
 from reference.step import gradients as rows_module
 from reference.step.balance import Balance, Step, StepResult, init_balance, is_finite, step_gradient
@@ -388,13 +388,13 @@ def test_shares_of_the_rows_that_are_added_up_make_the_same_step(
     loss, r = dataclasses.replace(LOSS, kl_weight=0.3), rule(name)
     balance, raw_sum = init_balance(K, r, parameters(policy)), raw_sum_weights(rows.A, rows.A_sum)
     alone = take(policy, rows, r, balance=balance, loss=loss, refresh=refresh)
-    whole = Whole(World(0, 3), int((rows.half == 0).sum()), B)
+    whole = Whole(Peers(0, 3), int((rows.half == 0).sum()), B)
     given: list[object] = []
 
     class Given(Exception):
         pass
 
-    def give(tree: object, world: World) -> object:
+    def give(tree: object, peers: Peers) -> object:
         given.append(tree)
         raise Given
 
@@ -406,7 +406,7 @@ def test_shares_of_the_rows_that_are_added_up_make_the_same_step(
             take(policy, own, r, balance=balance, loss=loss, refresh=refresh, whole=whole, raw_sum=raw_sum)
     total = pytree.tree_map(lambda *xs: torch.stack(xs).sum(0), *given)
     for module in (balance_module, rows_module):
-        monkeypatch.setattr(module, "all_reduce", lambda tree, world: total)
+        monkeypatch.setattr(module, "all_reduce", lambda tree, peers: total)
     result = take(policy, own, r, balance=balance, loss=loss, refresh=refresh, whole=whole, raw_sum=raw_sum)
     assert_trees(result.gradient, alone.gradient, 1e-9)
     assert result.metrics == pytest.approx(alone.metrics, rel=1e-9, nan_ok=True)

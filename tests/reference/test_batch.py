@@ -11,7 +11,7 @@ from reference.config.presets import preset
 from reference.config.settings import Config, OptimConfig, RolloutConfig, training_times
 from reference.interfaces import Scores, plain_prompts
 from reference.policy.base import load_base
-from reference.processes.peers import World, share_of
+from reference.processes.peers import Peers, share_of
 from reference.prompts.pool import world_prompts
 from reference.step.batch import Weighed, advantages, group_of, images_of_steps, step_rows, whole_step
 from reference.step.gradients import PER_ROW, micro_batches
@@ -67,18 +67,18 @@ def test_processes_that_share_a_base_all_run_the_passes_of_the_busiest() -> None
     A, A_sum = advantages(drawn.scores, config)
     base, uneven = load_base("world"), 0
     for part, index in enumerate(images_of_steps(N, config, epoch=0)):
-        whole, passes = whole_step(index, config, World(0, 3)), []
+        whole, passes = whole_step(index, config, Peers(0, 3)), []
         for rank in range(3):
-            own = share_of(N, World(rank, 3))
+            own = share_of(N, Peers(rank, 3))
             mine = drawn._replace(x0=drawn.x0[own.start : own.stop], first=own.start)
-            world = World(rank, 3, sharded=True)
-            rows = step_rows(base, Weighed(mine, A, A_sum, 0), index, config, part, world)
-            plain = step_rows(base, Weighed(mine, A, A_sum, 0), index, config, part, World(rank, 3))
+            peers = Peers(rank, 3, sharded=True)
+            rows = step_rows(base, Weighed(mine, A, A_sum, 0), index, config, part, peers)
+            plain = step_rows(base, Weighed(mine, A, A_sum, 0), index, config, part, Peers(rank, 3))
             counted = rows.weight == 1
             for name in PER_ROW:
                 assert torch.equal(getattr(rows, name)[counted], getattr(plain, name))
             parts = [rows, *(half for half, _ in halves(rows, whole))]
-            passes.append([len(list(micro_batches(part, size, world))) for part in parts])
+            passes.append([len(list(micro_batches(part, size, peers))) for part in parts])
             uneven += int((~counted).sum())
         assert passes[0] == passes[1] == passes[2]
         assert whole.total == len(index) * J

@@ -35,7 +35,7 @@ from reference.policy.sharding import can_shard, shard_base
 from reference.processes import peers as distributed
 from reference.processes.peers import (
     ALONE,
-    World,
+    Peers,
     check_equal,
     check_peers,
     connect,
@@ -105,8 +105,8 @@ def run_rules(folder: Path) -> None:
 def count_frozen() -> None:
     """Print how many of the frozen numbers this process holds, for every model that is loaded."""
 
-    def spy(config: Config, prompts: Sequence[str], world: World = ALONE) -> tuple[Base, Policy]:
-        base, policy = load_model(config, prompts, world)
+    def spy(config: Config, prompts: Sequence[str], peers: Peers = ALONE) -> tuple[Base, Policy]:
+        base, policy = load_model(config, prompts, peers)
         frozen = [p for p in policy.model.parameters() if not p.requires_grad]
         held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in frozen)
         print(f"{config.run.name} holds {held / sum(p.numel() for p in frozen):.3f}")
@@ -243,7 +243,7 @@ def test_several_processes_are_one(runs: Path, rule: str, size: int) -> None:
 def test_the_steps_of_these_runs_leave_processes_without_rows() -> None:
     this = config(Path("run"), "soft-min")
     parts = [set(part.tolist()) for epoch in (0, 1) for part in images_of_steps(12, this, epoch)]
-    empty = [not part & set(share_of(12, World(rank, 3))) for part in parts for rank in range(3)]
+    empty = [not part & set(share_of(12, Peers(rank, 3))) for part in parts for rank in range(3)]
     assert any(empty)
     assert not all(empty)
 
@@ -287,16 +287,16 @@ def test_one_process_that_fails_stops_all_and_everything_is_saved(tmp_path: Path
     assert final_state(tmp_path / "run")["step"] == 2
 
 
-def threads(size: int, work: Callable[[World], None]) -> list[BaseException | None]:
+def threads(size: int, work: Callable[[Peers], None]) -> list[BaseException | None]:
     """Run threads in the place of processes; what each has raised."""
     store = HashStore()
     raised: list[BaseException | None] = [None for _ in range(size)]
 
     def run(rank: int) -> None:
-        world = World(rank, size, rank, torch.device("cpu"), store)
+        peers = Peers(rank, size, rank, torch.device("cpu"), store)
         try:
-            with together(world):
-                work(world)
+            with together(peers):
+                work(peers)
         except Exception as error:
             raised[rank] = error
 
@@ -310,15 +310,15 @@ def threads(size: int, work: Callable[[World], None]) -> list[BaseException | No
 
 
 def test_whoever_waits_learns_what_another_one_died_of() -> None:
-    def work(world: World) -> None:
-        meet(world)
-        if world.rank == 1:
+    def work(peers: Peers) -> None:
+        meet(peers)
+        if peers.rank == 1:
             time.sleep(0.1)
             raise RuntimeError("out of memory")
-        if world.rank == 0:
-            meet(world)  # as before a sum
+        if peers.rank == 0:
+            meet(peers)  # as before a sum
         for _ in range(200):  # as while sampling
-            check_peers(world)
+            check_peers(peers)
             time.sleep(0.01)
 
     first, second, third = threads(3, work)
@@ -331,11 +331,11 @@ def test_whoever_waits_learns_what_another_one_died_of() -> None:
 def test_nobody_goes_on_before_all_are_there_and_nobody_leaves_before_all_are_done() -> None:
     seen: list[tuple[str, int]] = []
 
-    def work(world: World) -> None:
-        time.sleep(0.05 * world.rank)
+    def work(peers: Peers) -> None:
+        time.sleep(0.05 * peers.rank)
         for name in ("a", "b"):
-            seen.append((name, world.rank))
-            meet(world)
+            seen.append((name, peers.rank))
+            meet(peers)
 
     assert threads(3, work) == [None] * 3
     assert [name for name, _ in seen] == ["a"] * 3 + ["b"] * 3
@@ -346,9 +346,9 @@ def test_a_process_that_was_killed_is_missed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(distributed, "_SILENCE", 1.0)
     monkeypatch.setattr(distributed, "_PATIENCE", 0.1)
     store = HashStore()
-    world = World(0, 2, 0, torch.device("cpu"), store)
-    with pytest.raises(PeerError, match=r"nothing was heard of processes \[1\]"), together(world):
-        meet(world)
+    peers = Peers(0, 2, 0, torch.device("cpu"), store)
+    with pytest.raises(PeerError, match=r"nothing was heard of processes \[1\]"), together(peers):
+        meet(peers)
 
 
 def test_alone_everything_is_what_it_is() -> None:
@@ -362,14 +362,14 @@ def test_alone_everything_is_what_it_is() -> None:
 
 
 def test_a_difference_names_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "gather_rows", lambda x, own, total, world: torch.cat([x, x, x + 1]))
+    monkeypatch.setattr(distributed, "gather_rows", lambda x, own, total, peers: torch.cat([x, x, x + 1]))
     with pytest.raises(TrainingError, match=r"coefficients must be the same on all .* process 0's on \[2\]"):
-        check_equal({"coefficients": torch.ones(2)}, World(0, 3))
+        check_equal({"coefficients": torch.ones(2)}, Peers(0, 3))
 
 
 @pytest.mark.parametrize(("total", "size"), [(12, 3), (8, 3), (5, 5), (2, 4)])
 def test_shares_are_even_and_complete(total: int, size: int) -> None:
-    shares = [share_of(total, World(rank, size)) for rank in range(size)]
+    shares = [share_of(total, Peers(rank, size)) for rank in range(size)]
     assert [i for share in shares for i in share] == list(range(total))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -391,7 +391,7 @@ def test_a_base_is_sharded_where_pytorch_can_and_there_are_several(monkeypatch: 
     assert shard_base(policy, ALONE) is policy
     monkeypatch.setattr(sharding, "fully_shard", lambda module, mesh: None)
     with pytest.raises(ConfigError, match=r"model\.shard: PyTorch \S+ cannot leave the adapters whole"):
-        shard_base(policy, World(0, 2))
+        shard_base(policy, Peers(0, 2))
 
 
 def test_what_cannot_be_connected_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,7 +408,7 @@ def test_what_cannot_be_connected_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_every_process_needs_an_image() -> None:
     with pytest.raises(ConfigError, match="at least as many images of an epoch as processes, got 8 for 9"):
-        distributed.require_enough({"images of an epoch": 8}, World(0, 9))
+        distributed.require_enough({"images of an epoch": 8}, Peers(0, 9))
 
 
 if __name__ == "__main__":
