@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from reference.config.help import train_help
 from reference.config.presets import preset
 from reference.config.settings import Preset
 from reference.config.toml import from_toml
-from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
+from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError, did_you_mean
 
 
 def parsed(name: str, kind: type[Any], argv: Sequence[str]) -> Any:
@@ -75,9 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {name:18}{(kind.__doc__ or '').splitlines()[0]}")
         return 0
     if argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Commands: {', '.join(COMMANDS)}."
-        print(f"no command {argv[0]!r}. {hint}", file=sys.stderr)
+        hint = did_you_mean(argv[0], COMMANDS) or f" Commands: {', '.join(COMMANDS)}."
+        print(f"no command {argv[0]!r}.{hint}", file=sys.stderr)
         return 2
     try:
         kind, run = COMMANDS[argv[0]]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class ConfigError(ValueError):
     """A configuration, a file or a folder that cannot be used; nothing has been done."""
@@ -35,3 +38,14 @@ def with_the_way_on(error: Exception, step: int) -> Exception:
     if isinstance(error, RewardError | TrainingError):
         return type(error)(f"{error} {go_on}" if str(error).endswith(".") else f"{error}. {go_on}")
     return TrainingError(f"training stopped by {type(error).__name__}: {error}. {go_on}")
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a message about an unknown name: the nearest known one, or nothing.
+
+    Example:
+        >>> did_you_mean("objets", ["objects", "text"]), did_you_mean("zzz", ["objects", "text"])
+        (" Did you mean 'objects'?", '')
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {prefix + near[0]!r}?" if near else ""

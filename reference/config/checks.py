@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Sequence
 
@@ -17,7 +16,7 @@ from reference.config.settings import (
     is_world,
     training_times,
 )
-from reference.errors import ConfigError
+from reference.errors import ConfigError, did_you_mean
 
 
 def validate(config: Config) -> None:
@@ -134,8 +133,7 @@ def _check_rule(config: Config) -> None:
 def _check_name(key: str, name: str, known: Sequence[str]) -> None:
     """Raise unless a name is known, or looks like the path of a callable."""
     if name not in known and ":" not in name and "." not in name:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, known)
         raise ConfigError(f"config: expected {key} to be in {list(known)} or module:callable, got {name!r}.{hint}")
 
 

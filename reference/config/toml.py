@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import sys
 import types
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reference.config.settings import Config
-from reference.errors import ConfigError
+from reference.errors import ConfigError, did_you_mean
 from reference.text_files import read_text
 
 if sys.version_info >= (3, 11):
@@ -41,8 +40,7 @@ def _updated(base: Any, values: dict[str, Any], prefix: str) -> Any:
     changes: dict[str, Any] = {}
     for key, value in values.items():
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1)
-            hint = f" Did you mean {prefix}{near[0]}?" if near else f" Valid keys: {', '.join(sorted(hints))}."
+            hint = did_you_mean(key, hints, prefix).replace("'", "") or f" Valid keys: {', '.join(sorted(hints))}."
             raise ConfigError(f"config: unknown key {prefix}{key}.{hint}")
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
@@ -60,9 +58,8 @@ def _converted(value: Any, hint: Any, key: str) -> Any:
         return _converted(value, next(a for a in arguments if a is not type(None)), key)
     if origin is Literal:
         if value not in arguments:
-            near = difflib.get_close_matches(str(value), map(str, arguments), n=1)
-            hint_text = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"config: expected {key} to be one of {list(arguments)}, got {value!r}.{hint_text}")
+            near = did_you_mean(str(value), map(str, arguments))
+            raise ConfigError(f"config: expected {key} to be one of {list(arguments)}, got {value!r}.{near}")
         return value
     if origin is tuple:
         length = None if arguments[-1] is ... else len(arguments)

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from reference.config.settings import Config, training_times
 from reference.config.toml import to_toml
 from reference.errors import ConfigError
-from reference.experiments.records import number, records
 from reference.experiments.statistics import Array, Estimate, crossed_interval, percentile, smallest, student
+from reference.run.reading import PALETTE, number, records
 from reference.step.method import method_of
 
-_PENS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_PENS = (*PALETTE, "#000000")
 
 
 class Run(NamedTuple):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reference.config.settings import Config
-from reference.experiments.records import number, records
 from reference.run.intervals import Interval, change
+from reference.run.reading import number, records
 from reference.run.state import begun
 from reference.train import train
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from reference.config.settings import Config
 from reference.experiments.compare import train_all
-from reference.experiments.records import number, records
 from reference.experiments.statistics import Array, percentile, smallest
 from reference.run.intervals import Interval, interval, verdict
+from reference.run.reading import number, records
 from reference.run.report import write_comparison
 
 RULES = ("weighted-sum", "noise-aware", "soft-min")

@@ -20,10 +20,11 @@ from reference.errors import ConfigError
 from reference.experiments import tilt
 from reference.experiments.bank import Array, Bank, Indices, collect
 from reference.experiments.candidates import coefficients_of
+from reference.run.reading import PALETTE
 
 _BLOCKS = 10  # of the jackknife
 _PARTITIONS = 8  # of the training units into batches
-_PENS = [(color, dash) for dash in ("solid", "dashed") for color in ("#000000", "#0072b2", "#d55e00", "#009e73")]
+_PENS = [(color, dash) for dash in ("solid", "dashed") for color in ("#000000", *PALETTE[:3])]
 
 SUM = "weighted-sum"  # has a gradient of its own
 # Directions from the rows of a batch; those of FULL are of the whole loss.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from reference.config.flags import Evaluate
 from reference.config.settings import REWARDS, WORLD_REWARDS, Config, is_world
-from reference.errors import ConfigError
+from reference.errors import ConfigError, did_you_mean
 from reference.experiments.paper import paper_table
 from reference.experiments.summary import Evaluation, Judged, analyse, as_json, as_markdown, write_csv
 from reference.interfaces import Prompt, Scores
@@ -80,8 +79,7 @@ def reward_names(config: Config, given: Sequence[str]) -> tuple[str, ...]:
     known = WORLD_REWARDS if is_world(config.model.base) else REWARDS
     for name in given:
         if name not in known and ":" not in name and "." not in name:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, known)
             raise ConfigError(f"--rewards: expected one of {', '.join(known)} or module:callable, got {name!r}.{hint}")
     return tuple(dict.fromkeys(given or config.rewards + config.log.watch))
 

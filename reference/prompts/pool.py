@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import random
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reference.config.settings import REWARDS, Config, is_world
-from reference.errors import ConfigError
+from reference.errors import ConfigError, did_you_mean
 from reference.interfaces import Prompt, plain_prompts
 from reference.prompts.files import mixture_of_epoch, passes, read_mixture
 from reference.text_files import prompt_lines
@@ -105,9 +104,7 @@ def _check_rewards(sources: Sequence[Sequence[Prompt]], config: Config) -> None:
     known = (*config.rewards, *config.log.watch, *REWARDS)
     for name in dict.fromkeys(name for source in sources for prompt in source for name in prompt.rewards or ()):
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            listed = ", ".join(dict.fromkeys(known))
+            listed, hint = ", ".join(dict.fromkeys(known)), did_you_mean(name, known)
             raise ConfigError(f"rollout.prompts: expected rewards after # to be among {listed}, got {name!r}.{hint}")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from reference.errors import TrainingError
+from reference.run import reading
 from reference.run.intervals import Interval, change, interval, verdict, wilson
 from reference.run.watch import LONGER
 
@@ -29,9 +29,7 @@ _GAINS, _SHARES = ("epoch", "gains"), ("refresh", "signal_share")
 _RECENT = 10  # refreshes behind the conflict matrix
 _Estimate = tuple[float, float, float]  # mean, and the bounds of its 95 % interval
 
-# Okabe and Ito's colours, told apart by colour-blind readers and visible on both backgrounds.
-_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_PENS = [(color, dash) for dash in ("solid", "dashed", "dotted") for color in _PALETTE]
+_PENS = [(color, dash) for dash in ("solid", "dashed", "dotted") for color in reading.PALETTE]
 _INK, _MUTED = "#010203", "#040506"  # stand for the page's own colours, which depend on light and dark
 _STYLE: dict[Any, Any] = {
     **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor", "text.color"), _INK),
@@ -184,16 +182,8 @@ def reward_table(run: Path) -> str:
 def _load(run: Path) -> _Run:
     """A run folder, without a last record that was cut off while it was written."""
     file, toml, records = run / "metrics.jsonl", run / "config.toml", dict[str, list[dict[str, Any]]]()
-    lines = file.read_bytes().splitlines() if file.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line.decode()) if line.strip() else None
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"{file}, line {number}: expected a JSON object, got {line[:60]!r}.") from error
-            break
-        if isinstance(record, dict):
-            records.setdefault(str(record.get("kind")), []).append(record)
+    for record in reading.records(run):
+        records.setdefault(str(record.get("kind")), []).append(record)
     if not records:
         raise ValueError(f"{file}: expected at least one record, got {'none' if file.is_file() else 'no file'}.")
     evals = records.get("eval", [])

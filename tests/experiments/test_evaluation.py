@@ -21,7 +21,6 @@ from reference.config.toml import to_toml
 from reference.errors import ConfigError
 from reference.experiments.evaluation import evaluate_run, prompts_of, reward_names, with_strict
 from reference.experiments.paper import composite, paper_table
-from reference.experiments.records import records
 from reference.experiments.summary import (
     Evaluation,
     Judged,
@@ -36,6 +35,7 @@ from reference.interfaces import Scores
 from reference.policy.adapters import adapter_state
 from reference.policy.load import load_model
 from reference.run import checkpoint
+from reference.run.reading import records
 from reference.train import train
 
 NAN = float("nan")

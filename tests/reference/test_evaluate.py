@@ -16,12 +16,12 @@ from reference.config.settings import Config
 from reference.errors import ConfigError
 from reference.experiments.controls import controls, held_out_gain
 from reference.experiments.demo import RULES, demo, findings
-from reference.experiments.records import records
 from reference.interfaces import Scores, plain_prompts
 from reference.policy.adapters import Adapter, active, adapter_state, add_lora, load_adapter
 from reference.policy.base import load_base
 from reference.prompts.pool import world_prompts
 from reference.rewards.scorer import Scorer, load_rewards
+from reference.run.reading import records
 from reference.step.chance import generator
 from reference.step.evaluation import Judging, evaluate, prompt_means
 from reference.step.rollout import Sampling, generate_batches
