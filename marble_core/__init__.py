@@ -35,7 +35,7 @@ from marble_core.ema import (
 from marble_core.gains import GainState, gains_since_start, init_gains, update_gains
 from marble_core.gradients import combine_rows, flatten_rows, gradient_rows, unflatten_like
 from marble_core.gram import cross_gram, gram_matrix, normalize_gram, psd_part
-from marble_core.harmonize import Harmonization, harmonize
+from marble_core.harmonize import Harmonization, harmonize, rescale
 from marble_core.nft import (
     AffineTerms,
     affine_residual,
@@ -119,6 +119,7 @@ __all__ = [
     "project_simplex",
     "psd_part",
     "refresh_due",
+    "rescale",
     "shared_cotangent_rows",
     "shrink_gram",
     "shrink_to_prior",

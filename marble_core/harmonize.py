@@ -8,7 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from marble_core._check import describe, has_readable_values, require, require_gram, require_range
+from marble_core._check import (
+    describe,
+    has_readable_values,
+    require,
+    require_float,
+    require_gram,
+    require_range,
+    require_same_shape,
+)
 from marble_core._min_norm import apply_floor
 from marble_core.gram import normalize_gram
 from marble_core.simplex import min_norm_weights
@@ -94,14 +102,47 @@ def harmonize(
     direction_norm = (w * G_w).sum(-1).clamp(min=0).sqrt()
     any_active = active.any(-1)
     stationary = (direction_norm <= _STATIONARY) | ~any_active
-    n_bar = torch.where(active, norms, 0.0).sum(-1, keepdim=True) / active.sum(-1, keepdim=True).clamp(min=1)
     length = direction_norm.unsqueeze(-1)
     cosines = torch.where(active & ~stationary.unsqueeze(-1), G_w / torch.where(length > 0, length, 1.0), 0.0)
     gap = torch.where(any_active, direction_norm.square() - torch.where(active, G_w, torch.inf).amin(-1), 0.0)
-    c = torch.where(active, n_bar * w / torch.where(active, norms, 1.0), 0.0)
+    c = torch.where(active, rescale(w, norms, active), 0.0)
     w, c, norms, cosines = (x.to(gram.dtype) for x in (w, c, norms, cosines))
     direction_norm, gap = direction_norm.to(gram.dtype), gap.to(gram.dtype)
     return Harmonization(w, c, norms, direction_norm, cosines, gap, active, stationary)
+
+
+def rescale(weights: Tensor, norms: Tensor, active: Tensor) -> Tensor:
+    """Turn weights of unit gradients into coefficients of the raw ones: ``c_k = n_bar w_k / |g_k|``.
+
+    ``n_bar`` is the mean length of the active gradients, so that the direction is as long as they are. A gradient whose
+    length is not known counts as one of mean length.
+
+    Args:
+        weights: ``[..., K]``, of the unit gradients.
+        norms: ``[..., K]``, lengths of the raw gradients; 0 or NaN where not known.
+        active: ``[..., K]``, bool: whose lengths make the mean.
+
+    Returns:
+        ``[..., K]``, in the dtype of ``weights``.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+
+    Example:
+        >>> rescale(torch.tensor([0.5, 0.5]), torch.tensor([1.0, 2.0]), torch.tensor([True, True]))
+        tensor([0.7500, 0.3750])
+
+    Reference: MARBLE (Zhao et al., arXiv 2605.06507), eqs. 7-8.
+    """
+    require_float("weights", weights, "[..., K]", range(1, 65))
+    require_float("norms", norms, "[..., K]", range(1, 65))
+    require_same_shape("norms", norms, "weights", weights)
+    fits = isinstance(active, Tensor) and active.dtype == torch.bool and active.shape == weights.shape
+    require(fits, "active", f"bool{list(weights.shape)}", describe(active))
+    w, n = weights.detach().double(), norms.detach().double()
+    n_bar = torch.where(active, n, 0.0).sum(-1, keepdim=True) / active.sum(-1, keepdim=True).clamp(min=1)
+    c = n_bar * w / torch.where(n > 0, n, torch.where(n_bar > 0, n_bar, 1.0))
+    return c.to(weights.dtype)
 
 
 def _active_weights(G_hat: Tensor, active: Tensor, floor: float, solver: Callable[[Tensor], Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from marble_core._check import require_range
 from marble_core.ema import Coefficients, Guard, init_coefficients, update_coefficients
-from marble_core.harmonize import Harmonization, harmonize
+from marble_core.harmonize import Harmonization, harmonize, rescale
 from marble_core.rules.base import Evidence, Rule, matrix_of, require_count
 from marble_core.simplex import min_norm_weights
 
@@ -64,8 +64,8 @@ def follow(
     limit = Guard(gram, guard) if guard > 0 else None
     smoothed, rho_used = update_coefficients(state.coefficients, solution, rho=rho, guard=limit)
     norms = torch.where(solution.active, solution.norms, state.norms)
-    n_bar = solution.norms[solution.active].mean()
-    applied = n_bar * smoothed.weights / torch.where(norms > 0, norms, n_bar) if keep_direction else smoothed.weights
+    w = smoothed.weights
+    applied = rescale(w, norms, solution.active) if keep_direction else w
     return Smoothed(smoothed, norms, applied), float(rho_used)
 
 

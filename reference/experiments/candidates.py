@@ -21,6 +21,7 @@ from marble_core import (
     min_norm_weights,
     noise_aware_weights,
     psd_part,
+    rescale,
     shrink_gram,
     shrink_to_prior,
     signal_gram,
@@ -66,7 +67,7 @@ def min_norm_halves(num_rewards: int) -> Rule:
         solution = harmonize(_known(e))
         w = _shrunk(solution.weights, e) * solution.active
         w = w / w.sum().clamp(min=1e-12)
-        return torch.where(solution.active, solution.norms[solution.active].mean() * w / solution.norms, 0.0)
+        return torch.where(solution.active, rescale(w, solution.norms, solution.active), 0.0)
 
     return _solving(num_rewards, solve)
 

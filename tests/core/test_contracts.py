@@ -196,6 +196,15 @@ CASES: dict[str, Case] = {
     ),
     # harmonize
     "harmonize": Case(mc.harmonize, lambda d, s: (psd(d, s),), dtypes=HALF),
+    "rescale": Case(
+        mc.rescale,
+        lambda d, s: (
+            rand(3, dtype=d, seed=s).abs(),
+            rand(3, dtype=d, seed=s + 1).abs(),
+            torch.tensor([True, False, True]),
+        ),
+        dtypes=HALF,
+    ),
     # ema
     "init_coefficients": Case(lambda: mc.init_coefficients(3), lambda d, s: (), "float64", batched=False),
     "update_coefficients": Case(

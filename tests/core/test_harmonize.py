@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from marble_core import gram_matrix, harmonize, min_norm_weights
+from marble_core import gram_matrix, harmonize, min_norm_weights, rescale
 
 H = math.sqrt(3) / 2
 
@@ -166,3 +166,16 @@ def test_the_default_solver_is_the_public_one() -> None:
     G = gram_matrix(torch.randn(3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
     spied = harmonize(G, solver=lambda item: min_norm_weights(item))
     torch.testing.assert_close(spied.weights, harmonize(G).weights, rtol=0, atol=0)
+
+
+def test_rescaled_weights_reproduce_the_direction_and_an_unknown_length_is_the_mean() -> None:
+    gram = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 4.0, 0.0], [0.0, 0.0, 9.0]], dtype=torch.float64)
+    h = harmonize(gram)
+    torch.testing.assert_close(rescale(h.weights, h.norms, h.active), h.coefficients)
+    w, norms = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([1.0, 3.0, torch.nan])
+    found = rescale(w, norms, torch.tensor([True, True, False]))
+    torch.testing.assert_close(found, torch.tensor([0.4, 0.2, 0.5]))  # the mean of 1 and 3 is 2
+    none = rescale(w, torch.zeros(3), torch.zeros(3, dtype=torch.bool))
+    assert none.tolist() == [0.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match=r"active: expected bool\[3\], got float32\[3\]"):
+        rescale(w, norms, torch.ones(3))
