@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,3 +87,15 @@ def t5_tokenizer():
     from transformers import T5TokenizerFast
 
     return T5TokenizerFast(vocab=_T5_VOCAB, extra_ids=0, model_max_length=64)
+
+
+def tiny_transformer() -> Any:
+    """Two SD3 blocks of 16 channels with random weights, the same ones at every call."""
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(
+        sample_size=4, patch_size=2, in_channels=3, out_channels=3, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=6, caption_projection_dim=16, pooled_projection_dim=5,
+        pos_embed_max_size=4, dual_attention_layers=(0,), qk_norm="rms_norm",
+    ).eval()  # fmt: skip

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -35,6 +34,7 @@ from reference.step.estimate import Tree
 from reference.step.filling import filled_up
 from reference.step.gradients import PER_ROW, Rows, Whole, micro_batches
 from reference.step.method import Method, by_raw_sum, method_of, raw_sum_weights
+from tests.conftest import tiny_transformer
 
 K, B = 3, 7
 LOSS = LossConfig(beta=0.5, kl_weight=0.0)
@@ -42,22 +42,7 @@ LOSS = LossConfig(beta=0.5, kl_weight=0.0)
 
 def tiny_policy() -> Policy:
     """One SD3 block with an adapter that has drifted from the one that sampled, in float64."""
-    torch.manual_seed(0)
-    transformer = SD3Transformer2DModel(
-        sample_size=4,
-        patch_size=2,
-        in_channels=3,
-        out_channels=3,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=6,
-        caption_projection_dim=16,
-        pooled_projection_dim=5,
-        pos_embed_max_size=4,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    ).double()
+    transformer = tiny_transformer().double()
     policy = add_lora(transformer, rank=2, alpha=4.0, targets="linear", seed=0)
     generator = torch.Generator().manual_seed(1)
     for adapter, size in (("old", 0.1), ("default", 0.12)):

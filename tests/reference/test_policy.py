@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
@@ -22,26 +21,7 @@ from reference.policy.adapters import (
     weights_of,
 )
 from reference.step.rollout import Sampler, sample, times
-
-
-def transformer() -> SD3Transformer2DModel:
-    torch.manual_seed(0)
-    return SD3Transformer2DModel(
-        sample_size=4,
-        patch_size=2,
-        in_channels=3,
-        out_channels=3,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=6,
-        caption_projection_dim=16,
-        pooled_projection_dim=5,
-        pos_embed_max_size=4,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    ).eval()
-
+from tests.conftest import tiny_transformer
 
 INPUT = (torch.randn(2, 3, 4, 4), torch.tensor([0.3, 0.9]), (torch.randn(2, 2, 6), torch.randn(2, 5)))
 
@@ -53,7 +33,7 @@ def run(policy: Policy) -> Tensor:
 
 @pytest.fixture
 def policy() -> Policy:
-    policy = add_lora(transformer(), rank=2, alpha=4.0, targets="linear", seed=0)
+    policy = add_lora(tiny_transformer(), rank=2, alpha=4.0, targets="linear", seed=0)
     for i, adapter in enumerate(("default", "old")):
         g = torch.Generator().manual_seed(i)
         state = {k: 0.2 * torch.randn(v.shape, generator=g) for k, v in adapter_state(policy, "default").items()}
@@ -62,7 +42,7 @@ def policy() -> Policy:
 
 
 def test_a_fresh_adapter_changes_nothing() -> None:
-    plain = transformer()
+    plain = tiny_transformer()
     x, t, (embeds, pooled) = INPUT
     with torch.no_grad():
         expected = plain(
@@ -108,8 +88,8 @@ def test_only_the_adapter_is_trained(policy: Policy) -> None:
 
 
 def test_targets() -> None:
-    attention = add_lora(transformer(), rank=2, alpha=4.0, targets="attention", seed=0)
-    linear = add_lora(transformer(), rank=2, alpha=4.0, targets="linear", seed=0)
+    attention = add_lora(tiny_transformer(), rank=2, alpha=4.0, targets="attention", seed=0)
+    linear = add_lora(tiny_transformer(), rank=2, alpha=4.0, targets="linear", seed=0)
     layers = {name.split(".transformer_blocks.")[1].split(".lora_")[0] for name in parameters(attention)}
     assert {layer.split(".attn.")[1] for layer in layers} == set(ATTENTION)
     assert all(".attn." in f".{layer}" for layer in layers)
@@ -120,11 +100,11 @@ def test_targets() -> None:
 
 def test_the_adapter_depends_on_its_seed_alone() -> None:
     torch.manual_seed(123)
-    first = adapter_state(add_lora(transformer(), rank=2, alpha=4.0, targets="linear", seed=3), "default")
+    first = adapter_state(add_lora(tiny_transformer(), rank=2, alpha=4.0, targets="linear", seed=3), "default")
     before = torch.get_rng_state()
     torch.manual_seed(77)
-    second = adapter_state(add_lora(transformer(), rank=2, alpha=4.0, targets="linear", seed=3), "default")
-    other = adapter_state(add_lora(transformer(), rank=2, alpha=4.0, targets="linear", seed=4), "default")
+    second = adapter_state(add_lora(tiny_transformer(), rank=2, alpha=4.0, targets="linear", seed=3), "default")
+    other = adapter_state(add_lora(tiny_transformer(), rank=2, alpha=4.0, targets="linear", seed=4), "default")
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
     assert torch.equal(before, before.clone())
