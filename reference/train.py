@@ -28,7 +28,7 @@ from reference.step.batch import Weighed, advantages, images_of_steps, step_rows
 from reference.step.chance import generator, seed_everything
 from reference.step.estimate import Tree
 from reference.step.gradients import Rows
-from reference.step.method import raw_sum_weights, refreshes_at
+from reference.step.method import by_raw_sum, raw_sum_weights, refreshes_at
 from reference.step.rollout import Rollout, sample_epoch, sampling_of
 
 _MAX_SKIPPED = 10  # steps in a row without a finite gradient
@@ -111,7 +111,8 @@ def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None)
             raise TrainingError(_NOTHING_APPLIES)
         gains = gains_since_start(so_far)
         A, A_sum = advantages(rollout.scores, config)
-        weighed, raw_sum = Weighed(rollout, A, A_sum, state.epoch), raw_sum_weights(A, A_sum)
+        weighed = Weighed(rollout, A, A_sum, state.epoch)
+        raw_sum = raw_sum_weights(A, A_sum) if run.method.weigh is by_raw_sum else None
         parts = images_of_steps(len(A), config, state.epoch)
         if rng is not None:
             checkpoint.set_rng_state(rng)

@@ -1,4 +1,4 @@
-"""The help of ``train`` on two screens: a line a flag, with its values, its default and the first sentence about it."""
+"""The help of ``train`` on two screens: a line a flag, with its values, its default and what there is room to say."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _flags(instance: Any, prefix: str = "") -> Iterator[Flag]:
 
 
 def _docs(kind: type[Any]) -> dict[str, str]:
-    """The first sentence under each field of a dataclass."""
+    """What stands under each field of a dataclass, in one line."""
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(node, ast.ClassDef)
     found = {}

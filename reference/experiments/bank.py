@@ -22,7 +22,7 @@ from reference.run.inputs import prepare
 from reference.run.state import newest
 from reference.step.batch import Weighed, advantages, step_rows
 from reference.step.chance import generator
-from reference.step.gradients import Asked, all_rows
+from reference.step.gradients import Asked, Part, Rows, all_rows
 from reference.step.method import by_raw_sum
 from reference.step.rollout import sample_epoch, sampling_of
 
@@ -83,23 +83,32 @@ def _units(
 ) -> Tensor:
     """Gradients of ``count`` units ``[count, K + 2, P]``, from epochs of their own."""
     config = dataclasses.replace(config, seed=config.seed + _OTHER_SEED)
-    n, a_max, found = config.rollout.images_per_prompt, config.loss.a_max, []
-    of_sum = lambda A, A_sum: by_raw_sum(A, A_sum, A_sum, a_max)  # noqa: E731
-    asked = Asked(of_sum, False, config.optim.micro_batch)
+    n, found = config.rollout.images_per_prompt, []
     for epoch in itertools.count():
-        prompts, draws = images_of_epoch(pool, config, epoch), generator(config.seed, "rollout", epoch)
-        rollout = sample_epoch(policy, base, scorer, prompts, draws, sampling_of(config.rollout))
-        A, A_sum = advantages(rollout.scores, config)
+        weighed = weighed_epoch(policy, base, scorer, pool, config, epoch)
         for unit in range(config.rollout.prompts_per_epoch):
             index = torch.arange(unit * n, (unit + 1) * n)
-            rows = step_rows(base, Weighed(rollout, A, A_sum, epoch), index, config, unit)
-            h, shared, *_ = all_rows(policy, rows, config.loss, asked, len(rows.half))
+            rows = step_rows(base, weighed, index, config, unit)
+            h, shared, *_ = rows_and_sum(policy, rows, config)
             row = torch.cat([torch.cat([h[name].flatten(1), shared[name].flatten()[None]]) for name in h], dim=1)
             found.append(_sketched(row.cpu(), sketch))
             if len(found) == count:
                 return torch.stack(found)
         print(f"{len(found)} of {count} units", flush=True)
     raise AssertionError
+
+
+def weighed_epoch(policy: Policy, base: Base, scorer: Scorer, pool: Pool, config: Config, epoch: int) -> Weighed:
+    """An epoch's images as the trainer draws them, with their advantages."""
+    prompts, draws = images_of_epoch(pool, config, epoch), generator(config.seed, "rollout", epoch)
+    rollout = sample_epoch(policy, base, scorer, prompts, draws, sampling_of(config.rollout))
+    return Weighed(rollout, *advantages(rollout.scores, config), epoch)
+
+
+def rows_and_sum(policy: Policy, rows: Rows, config: Config) -> Part:
+    """Gradients of all rewards and of the raw sum ``[K + 1, ...]``, and of the shared part, over some rows."""
+    asked = Asked(lambda A, A_sum: by_raw_sum(A, A_sum, A_sum, config.loss.a_max), False, config.optim.micro_batch)
+    return all_rows(policy, rows, config.loss, asked, len(rows.half))
 
 
 def _sketched(rows: Tensor, D: int) -> Tensor:

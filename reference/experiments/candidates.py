@@ -19,12 +19,9 @@ from marble_core import (
     cone_weights,
     harmonize,
     min_norm_weights,
-    noise_aware_weights,
     psd_part,
     rescale,
-    shrink_gram,
     shrink_to_prior,
-    signal_gram,
     soft_min_weights,
 )
 from marble_core.rules import Evidence, Rule, cone, marble, marble_paper, noise_aware, soft_min, uniform
@@ -91,7 +88,7 @@ def soft_min_cone(num_rewards: int) -> Rule:
     """The soft minimum's direction, projected so that no reward falls as far as the signals are known."""
 
     def solve(e: Evidence) -> Tensor:
-        return cone_weights(psd_part(_given(e.cross)), _tilted(e), step_gram=_given(e.gram))
+        return _fresh(cone(num_rewards, prior=_tilted(e)), e._replace(cross=_given(e.cross)))
 
     return _solving(num_rewards, solve)
 
@@ -100,9 +97,7 @@ def noise_aware_soft(num_rewards: int) -> Rule:
     """The noise-aware solve with feedback: the cosines it asks for are in proportion to the soft minimum's weights."""
 
     def solve(e: Evidence) -> Tensor:
-        S = shrink_gram(signal_gram(_given(e.cross)))[0]
-        wanted = num_rewards * _tilted(e) * S.diagonal().clamp(min=0).sqrt()
-        return noise_aware_weights(S, _given(e.gram), wanted).coefficients
+        return _fresh(noise_aware(num_rewards, prior=_tilted(e)), e._replace(cross=_given(e.cross)))
 
     return _solving(num_rewards, solve)
 
@@ -130,7 +125,11 @@ CANDIDATES: dict[str, Callable[[int], Rule]] = {
 
 def coefficients_of(label: str, evidence: Evidence, num_rewards: int) -> Tensor:
     """What a fresh rule of ``CANDIDATES`` makes of the evidence, ``[K]``."""
-    rule = CANDIDATES[label](num_rewards)
+    return _fresh(CANDIDATES[label](num_rewards), evidence)
+
+
+def _fresh(rule: Rule, evidence: Evidence) -> Tensor:
+    """The first coefficients of a rule."""
     return rule.update(rule.init(), evidence)[1]
 
 

@@ -28,21 +28,21 @@ from marble_core import (
 from marble_core.rules import Evidence
 from reference.config.settings import Config
 from reference.errors import ConfigError
+from reference.experiments.bank import rows_and_sum, weighed_epoch
 from reference.experiments.candidates import coefficients_of
 from reference.policy.adapters import Policy, adapter_state, load_adapter
 from reference.policy.base import Base
 from reference.policy.load import load_model
-from reference.prompts.pool import all_prompts, images_of_epoch
+from reference.processes.peers import ALONE
+from reference.prompts.pool import all_prompts
 from reference.run.inputs import Inputs, prepare
 from reference.run.intervals import change
 from reference.run.state import newest
-from reference.step.batch import Weighed, advantages, step_rows
-from reference.step.chance import generator
+from reference.step.batch import group_of, step_rows, whole_step
 from reference.step.estimate import Tree
 from reference.step.evaluation import Judging, evaluate, prompt_means, within_std
-from reference.step.gradients import Asked, Rows, all_rows, part_of
-from reference.step.method import by_raw_sum
-from reference.step.rollout import sample_epoch, sampling_of
+from reference.step.halves import halves, joined
+from reference.step.rollout import sampling_of
 
 _OTHER_SEED = 2000  # so that no batch is one that the run was trained on
 _FRESH = 100_000  # the number of the batch that all directions are compared with
@@ -108,29 +108,13 @@ def gradients(bench: Bench, number: int, prompts: int) -> Batch:
     """Draw a mini-batch of ``prompts`` groups and take its gradients, in two halves that share no prompt."""
     rollout_config = dataclasses.replace(bench.config.rollout, prompts_per_epoch=prompts)
     config = dataclasses.replace(bench.config, seed=bench.config.seed + _OTHER_SEED, rollout=rollout_config)
-    images, draws = images_of_epoch(bench.inputs.pool, config, number), generator(config.seed, "rollout", number)
-    how = sampling_of(config.rollout)
-    rollout = sample_epoch(bench.policy, bench.base, bench.inputs.trained, images, draws, how)
-    A, A_sum = advantages(rollout.scores, config)
-    half = torch.arange(len(A)) // config.rollout.images_per_prompt % 2
+    weighed = weighed_epoch(bench.policy, bench.base, bench.inputs.trained, bench.inputs.pool, config, number)
+    half = group_of(len(weighed.A), config) % 2
     index = torch.cat([(half == side).nonzero().flatten() for side in (0, 1)])
-    rows = step_rows(bench.base, Weighed(rollout, A, A_sum, number), index, config, 0)
-    first = int((rows.half == 0).sum())
-    parts = [_gradients_of(bench, part_of(rows, side)) for side in (slice(first), slice(first, None))]
-    share = first / len(rows.half)
-    weights = (share, 1 - share)
-    a, b = ({k: 2 * w * x[:-1] for k, x in h.items()} for w, (h, _) in zip(weights, parts, strict=True))
-    total = {k: sum(w * h[k][-1] for w, (h, _) in zip(weights, parts, strict=True)) for k in a}
-    shared = {k: sum(w * s[k] for w, (_, s) in zip(weights, parts, strict=True)) for k in a}
-    return Batch(a, b, total, shared)  # type: ignore[arg-type]
-
-
-def _gradients_of(bench: Bench, rows: Rows) -> tuple[Tree, Tree]:
-    """Gradients of all rewards and of the raw sum ``[K + 1, ...]``, and of the shared part, over some rows."""
-    loss = bench.config.loss
-    of_sum = lambda A, A_sum: by_raw_sum(A, A_sum, A_sum, loss.a_max)  # noqa: E731
-    part = all_rows(bench.policy, rows, loss, Asked(of_sum, False, bench.config.optim.micro_batch), len(rows.half))
-    return part.h, part.shared
+    rows, whole = step_rows(bench.base, weighed, index, config, 0), whole_step(index, config, ALONE)
+    parts = [rows_and_sum(bench.policy, part, config) for part, _ in halves(rows, whole)]
+    found = joined(parts, whole, len(config.rewards))
+    return Batch(found.a, found.b, found.own, found.shared)
 
 
 def directions(batch: Batch, gain: Tensor) -> tuple[dict[str, Tree], dict[str, Tensor], Evidence]:

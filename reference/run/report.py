@@ -172,9 +172,7 @@ def reward_table(run: Path) -> str:
     """
     loaded = _load(run)
     rows = [["reward", "before", "after", "change, 95 % paired", "verdict"]]
-    for name in _names([loaded], _EVAL):
-        (before, after), found = loaded.ends(name), loaded.change(name)
-        rows.append([name, _text(before), _text(after), _text(found[:3], "+"), verdict(found)])
+    rows += [_reward_row(name, loaded, name) for name in _names([loaded], _EVAL)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -255,9 +253,7 @@ def _rewards(runs: Mapping[str, _Run]) -> str:
     """Rewards before and after, the paired change prompt by prompt, and what its interval allows to say."""
     rows = [["reward", "before", "after", "change", "verdict"]]
     for name, (label, run) in itertools.product(_names(runs.values(), _EVAL), runs.items()):
-        (before, after), found = run.ends(name), run.change(name)
-        title = name if len(runs) == 1 else f"{name} ({label})"
-        rows.append([title, _text(before), _text(after), _text(found[:3], "+"), verdict(found)])
+        rows.append(_reward_row(name if len(runs) == 1 else f"{name} ({label})", run, name))
     sentence = (
         "First and last evaluation, with 95 % intervals over prompts. The change is paired: the same prompts and the "
         "same noise before and after; a verdict needs an interval on one side of 0."
@@ -265,6 +261,12 @@ def _rewards(runs: Mapping[str, _Run]) -> str:
     others = sum(run.others for run in runs.values())
     sentence += f" {others} evaluations with other settings are left out." * (others > 0)
     return _section("Rewards before and after", "held-out evaluations", sentence, _table(rows))
+
+
+def _reward_row(title: str, run: _Run, name: str) -> list[str]:
+    """A reward before and after, the paired change, and what its interval allows to say."""
+    (before, after), found = run.ends(name), run.change(name)
+    return [title, _text(before), _text(after), _text(found[:3], "+"), verdict(found)]
 
 
 def _conflict_matrix(run: _Run) -> str:

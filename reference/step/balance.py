@@ -34,7 +34,8 @@ class Step(NamedTuple):
     Attributes:
         refresh: measure all K gradients, and let the rule see them.
         gains: ``[K]``, of the rewards since the start; NaN where not known.
-        raw_sum: ``[K]``, with which coefficients the sum of the raw rewards adds the rewards' own advantages.
+        raw_sum: ``[K]``, with which coefficients the sum of the raw rewards adds the rewards' own advantages; None for
+            rules that do not follow it.
         previous: the gradient of the step before, whose cosines with this batch are measured.
         micro_batch: rows at a time.
         whole: the step over all processes.
@@ -43,7 +44,7 @@ class Step(NamedTuple):
 
     refresh: bool
     gains: Tensor
-    raw_sum: Tensor
+    raw_sum: Tensor | None
     previous: Tree | None
     micro_batch: int
     whole: Whole
@@ -93,7 +94,8 @@ def step_gradient(
     if step.refresh and method.weigh not in (by_mean, by_raw_sum):
         return _combined(policy, rows, balance, method, loss, step)
     state, c = method.rule.update(balance.rule, Evidence(gains=step.gains))
-    c = step.raw_sum if method.weigh is by_raw_sum else c
+    if method.weigh is by_raw_sum and step.raw_sum is not None:
+        c = step.raw_sum
     balance = balance._replace(rule=state)
 
     def weigh(A: Tensor, A_sum: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ def step_gradient(
     if step.refresh:
         found = _measured(policy, rows, loss, Asked(weigh, False, step.micro_batch, step.verify), step.whole)
         return _recorded(found, balance, c, step)
-    gradient, metrics = one_gradient(policy, rows, loss, weigh, 1.0, step.micro_batch, step.whole)
+    gradient, metrics = one_gradient(policy, rows, loss, weigh, step.micro_batch, step.whole)
     return StepResult(gradient, balance, c, metrics, None)
 
 

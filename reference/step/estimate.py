@@ -62,9 +62,10 @@ class Measured(NamedTuple):
 
 def init_estimate(K: int, memory: float | None, trained: Mapping[str, Tensor]) -> Estimate:
     """Nothing seen; room for the moments where they are remembered."""
-    nothing = Moments({}, torch.zeros(K, dtype=torch.float64))
-    zeros = {name: p.new_zeros((K, *p.shape)).detach() for name, p in trained.items()}
-    mean, mean_b = (nothing, nothing) if memory is None else (init_moments(zeros), init_moments(zeros))
+    mean = mean_b = Moments({}, torch.zeros(K, dtype=torch.float64))
+    if memory is not None:
+        zeros = {name: p.new_zeros((K, *p.shape)).detach() for name, p in trained.items()}
+        mean, mean_b = init_moments(zeros), init_moments(zeros)
     cross, square, batch = (init_gram_ema(K) for _ in range(3))
     return Estimate(mean, mean_b, cross, square, batch, torch.zeros((), dtype=torch.float64))
 

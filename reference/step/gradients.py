@@ -97,19 +97,18 @@ def one_gradient(
     rows: Rows,
     loss: LossConfig,
     weigh: Weigh,
-    prox_scale: float,
     micro_batch: int,
     whole: Whole,
 ) -> tuple[Tree, dict[str, float]]:
     """One gradient, from one backward pass a micro-batch, and means over all rows of the step to log.
 
-    The reward part of each row as ``weigh`` says, the shared part times ``prox_scale``, and the pull to the base.
+    The reward part of each row as ``weigh`` says, the shared part, and the pull to the base.
     """
     B, trained = whole.total, parameters(policy)
     total, sums = _zeros(trained), _no_sums(rows)
     for part in micro_batches(rows, micro_batch, whole.peers):
         prox, signal, pulled, log = _terms(policy, part, loss)
-        objective = (part.weight * (prox_scale * prox + weigh(part.A, part.A_sum) * signal + pulled)).sum() / B
+        objective = (part.weight * (prox + weigh(part.A, part.A_sum) * signal + pulled)).sum() / B
         found = torch.autograd.grad(objective, list(trained.values()))
         for x, g in zip(total.values(), found, strict=True):
             x += g
