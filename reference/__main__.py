@@ -52,6 +52,8 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "demo": (flags.Demo, commands.demo_command),
     "controls": (flags.Controls, commands.controls_command),
     "compare": (flags.Compare, commands.compare_command),
+    "ablate": (flags.Ablate, commands.ablate_command),
+    "dilute": (flags.Dilute, commands.dilute_command),
     "diagnose": (flags.Diagnose, commands.diagnose_command),
     "settle": (flags.Settle, commands.settle_command),
     "stress": (flags.Stress, commands.stress_command),

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from reference.config.checks import validate
 from reference.config.flags import (
+    Ablate,
     Accuracy,
     Compare,
     Controls,
     Demo,
     Diagnose,
+    Dilute,
     Evaluate,
     Generate,
     MakePrompts,
@@ -88,23 +90,43 @@ def report_command(a: Report) -> None:
 
 def compare_command(a: Compare) -> None:
     """Run ``compare``."""
-    from reference.experiments.compare import Screening, compare, plan_runs, screened
+    from reference.experiments.compare import Screening, compare, plan_runs, screened, settings_of_rules
 
+    settings, folder = _settings(a, a.eval_every), a.folder or Path("runs/compare") / a.preset
+    plans: Mapping[str, Sequence[Config]] = plan_runs(settings_of_rules(settings, a.rules), a.seeds, folder)
+    if a.finalists:
+        screening = Screening(a.screening_seeds, a.screening_epochs, a.finalists)
+        plans = screened(plans, folder, screening, jobs=a.jobs, tables_only=a.tables_only)
+    print(compare(plans, folder, jobs=a.jobs, tables_only=a.tables_only))
+
+
+def _settings(a: Compare | Ablate | Dilute, eval_every: int) -> Config:
+    """The settings that all runs of a comparison share."""
     world = preset(a.preset)
     settings = dataclasses.replace(
         world,
         epochs=a.epochs,
         threads=a.threads,
         rollout=dataclasses.replace(world.rollout, prompts_per_epoch=a.prompts_per_epoch),
-        log=dataclasses.replace(world.log, eval_prompts=a.eval_prompts, eval_every=a.eval_every),
+        log=dataclasses.replace(world.log, eval_prompts=a.eval_prompts, eval_every=eval_every),
     )
-    settings = from_toml(a.config, settings) if a.config is not None else settings
-    folder = a.folder or Path("runs/compare") / a.preset
-    plans: Mapping[str, Sequence[Config]] = plan_runs(settings, a.rules, a.seeds, folder)
-    if a.finalists:
-        screening = Screening(a.screening_seeds, a.screening_epochs, a.finalists)
-        plans = screened(plans, folder, screening, jobs=a.jobs, tables_only=a.tables_only)
-    print(compare(plans, folder, jobs=a.jobs, tables_only=a.tables_only))
+    return settings if a.config is None else from_toml(a.config, settings)
+
+
+def ablate_command(a: Ablate) -> None:
+    """Run ``ablate``."""
+    from reference.experiments.ablate import ablate
+
+    folder = a.folder or Path("runs/ablate") / a.preset
+    print(ablate(_settings(a, 0), a.variants, a.seeds, folder, jobs=a.jobs, tables_only=a.tables_only))
+
+
+def dilute_command(a: Dilute) -> None:
+    """Run ``dilute``."""
+    from reference.experiments.dilute import dilute
+
+    folder = a.folder or Path("runs/dilute") / a.preset
+    print(dilute(_settings(a, 0), a.rules, a.shares, a.seeds, folder, jobs=a.jobs))
 
 
 def diagnose_command(a: Diagnose) -> None:

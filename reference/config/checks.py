@@ -11,6 +11,7 @@ from reference.config.settings import (
     OWN_RULE,
     REWARDS,
     WORLD_REWARDS,
+    WORLD_SOURCES,
     Config,
     SolveConfig,
     is_world,
@@ -70,9 +71,10 @@ def _check_prompts(config: Config) -> None:
     _check(len(r.weights) in (0, len(r.prompts)), f"rollout.weights to be empty or {len(r.prompts)} numbers, one a "
            "source", r.weights)  # fmt: skip
     _check(all(0 < w < math.inf for w in r.weights), "rollout.weights to be finite and positive", r.weights)
-    _check(r.prompts != ("world",) or r.prompts_per_epoch <= r.pool, "rollout.prompts_per_epoch to be at most "
+    one = len(r.prompts) == 1 and r.prompts[0] in WORLD_SOURCES
+    _check(not one or r.prompts_per_epoch <= r.pool, "rollout.prompts_per_epoch to be at most "
            f"rollout.pool = {r.pool}", r.prompts_per_epoch)  # fmt: skip
-    generated = "world" in r.prompts + r.held_out
+    generated = bool(set(r.prompts + r.held_out) & set(WORLD_SOURCES))
     _check(world or not generated, "rollout.prompts and rollout.held_out to be files for Stable Diffusion 3; make some "
            "with python -m reference make-prompts", r.prompts + r.held_out)  # fmt: skip
     _check(world or len(r.held_out) > 0, "rollout.held_out to name a file for Stable Diffusion 3", r.held_out)

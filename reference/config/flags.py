@@ -101,6 +101,65 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class Ablate:
+    """What each part of MARBLE does: runs that differ from ``marble`` in one thing, compared on held-out prompts."""
+
+    preset: Literal["world", "world-conflict"] = "world-conflict"
+    """The preset whose rewards and settings all runs have."""
+    variants: tuple[str, ...] = ()
+    """Which of them, the first is compared to all; without any, all: solves every 1, 5, 10, 20 steps with the direction
+    kept or as in the paper, without normalization, smoothing, guard, and with better evidence."""
+    seeds: int = 2
+    """Runs of each variant."""
+    epochs: int = 20
+    """Epochs of each run."""
+    prompts_per_epoch: int = 12
+    """Prompts of an epoch."""
+    eval_prompts: int = 120
+    """Held-out prompts."""
+    config: Path | None = None
+    """TOML file with further values of all runs, over the preset."""
+    folder: Path | None = None
+    """Where the runs and the tables go, by default runs/ablate/ and the preset's name; finished runs are not repeated,
+    and one that was stopped goes on."""
+    jobs: int = 1
+    """Runs side by side, each in a process of its own."""
+    threads: int = 0
+    """CPU threads of each run; 0 leaves torch's choice."""
+    tables_only: bool = False
+    """Train nothing: tables of the runs that are there."""
+
+
+@dataclass(frozen=True)
+class Dilute:
+    """A specialist reward: fewer and fewer prompts have a text, and what each rule makes of it."""
+
+    preset: Literal["world", "world-conflict"] = "world-conflict"
+    """The preset whose rewards and settings all runs have."""
+    rules: tuple[str, ...] = ("soft-min", "uniform", "weighted-sum")
+    """Names as of --balance, or label=file.toml with any values of a configuration."""
+    shares: tuple[int, ...] = (2, 4, 8, 16)
+    """One prompt in so many has a text."""
+    seeds: int = 2
+    """Runs of each rule and share."""
+    epochs: int = 20
+    """Epochs of each run."""
+    prompts_per_epoch: int = 12
+    """Prompts of an epoch."""
+    eval_prompts: int = 120
+    """Held-out prompts, of which two in five have a text."""
+    config: Path | None = None
+    """TOML file with further values of all runs, over the preset."""
+    folder: Path | None = None
+    """Where the runs, the table and the figure go, by default runs/dilute/ and the preset's name; finished runs are not
+    repeated, and one that was stopped goes on."""
+    jobs: int = 1
+    """Runs side by side, each in a process of its own."""
+    threads: int = 0
+    """CPU threads of each run; 0 leaves torch's choice."""
+
+
+@dataclass(frozen=True)
 class Diagnose:
     """How much of each reward's gradient is signal, and what each rule makes of it, as the rows of a solve grow."""
 

@@ -28,6 +28,7 @@ REWARDS: tuple[str, ...] = (
     "imagereward",
     "unifiedreward",
 )  # those of real models, a file each in reference/rewards/
+WORLD_SOURCES = ("world", "world:text", "world:objects")  # of generated prompts: all, with a text, without
 WORLD_REWARDS = ("objects", "objects_strict", "text", "similarity", "colour", "jpeg", "sharpness", "contrast")
 
 
@@ -69,8 +70,9 @@ class RolloutConfig:
     """Prompts, and how images are sampled from the old policy."""
 
     prompts: tuple[str, ...] = ("world",)
-    """Sources of training prompts: "world" for generated ones, or files as [format:]path[#reward,reward] with format
-    text, ocr or geneval, and the rewards that apply."""
+    """Sources of training prompts: "world" for generated ones, "world:text" and "world:objects" for those with a text
+    and without, or files as [format:]path[#reward,reward] with format text, ocr or geneval, and the rewards that
+    apply."""
     weights: tuple[float, ...] = ()
     """Share of each source in an epoch, relative to the others; empty for equal shares."""
     held_out: tuple[str, ...] = ()

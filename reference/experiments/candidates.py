@@ -69,6 +69,11 @@ def min_norm_halves(num_rewards: int) -> Rule:
     return _solving(num_rewards, solve)
 
 
+def raw_min_norm(num_rewards: int) -> Rule:
+    """The shortest vector in the hull of the raw gradients of a batch: MGDA, without normalization."""
+    return _solving(num_rewards, lambda e: min_norm_weights(_given(e.gram)))
+
+
 def raw_min_norm_halves(num_rewards: int) -> Rule:
     """The largest gain of the worst reward, if the signals were what an unbiased estimate says: raw min-norm."""
     return _solving(num_rewards, lambda e: min_norm_weights(psd_part(_given(e.cross))))

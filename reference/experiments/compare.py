@@ -21,27 +21,40 @@ from reference.run.inputs import prepare
 from reference.run.state import begun
 
 
-def plan_runs(settings: Config, rules: Sequence[str], seeds: int, folder: Path) -> dict[str, list[Config]]:
-    """The configuration of every run by label, a rule's name or the name before ``=`` of ``label=file.toml``.
+def settings_of_rules(settings: Config, rules: Sequence[str]) -> dict[str, Config]:
+    """The settings of each rule by label, a rule's name or the name before ``=`` of ``label=file.toml``.
 
     Raises:
-        ConfigError: a label twice, a file that cannot be used, a configuration that makes no sense, rules that are not
-            judged alike, or a run in the folder that was made by another configuration.
+        ConfigError: no rule, a label twice or of other characters, or a file that cannot be used.
     """
-    plans: dict[str, list[Config]] = {}
-    folders: set[str] = set()
-    if not rules or seeds < 1:
-        raise ConfigError(f"rules and seeds: expected at least one of each, got {list(rules)} and {seeds}.")
+    found: dict[str, Config] = {}
     for rule in rules:
         label, _, file = rule.partition("=")
-        name = label.replace(":", "-")
-        if name in folders or not re.fullmatch(r"\w[\w.:-]*", label):
+        if not re.fullmatch(r"\w[\w.:-]*", label) or _folder_name(label) in map(_folder_name, found):
             raise ConfigError(f"rules: expected distinct names of letters, digits and any of _.:-, got {list(rules)}.")
-        folders.add(name)
-        config = from_toml(Path(file), settings) if file else dataclasses.replace(settings, balance=label)
-        log = dataclasses.replace(config.log, trackers=())
+        found[label] = from_toml(Path(file), settings) if file else dataclasses.replace(settings, balance=label)
+    return found
+
+
+def _folder_name(label: str) -> str:
+    """A colon is no part of a name everywhere."""
+    return label.replace(":", "-")
+
+
+def plan_runs(rules: Mapping[str, Config], seeds: int, folder: Path) -> dict[str, list[Config]]:
+    """The configuration of every run of every rule, a seed each.
+
+    Raises:
+        ConfigError: no rule or seed, a configuration that makes no sense, rules that are not judged alike, or a run in
+            the folder that was made by another configuration.
+    """
+    plans: dict[str, list[Config]] = {}
+    if not rules or seeds < 1:
+        raise ConfigError(f"rules and seeds: expected at least one of each, got {list(rules)} and {seeds}.")
+    for label, config in rules.items():
+        place, log = folder / _folder_name(label), dataclasses.replace(config.log, trackers=())
         plans[label] = [
-            dataclasses.replace(config, run=folder / name / f"seed-{seed}", seed=seed, log=log) for seed in range(seeds)
+            dataclasses.replace(config, run=place / f"seed-{seed}", seed=seed, log=log) for seed in range(seeds)
         ]
         validate(plans[label][0])
         prepare(plans[label][0])

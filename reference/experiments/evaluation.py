@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference.config.flags import Evaluate
-from reference.config.settings import REWARDS, WORLD_REWARDS, Config, is_world
+from reference.config.settings import REWARDS, WORLD_REWARDS, WORLD_SOURCES, Config, is_world
 from reference.errors import ConfigError, did_you_mean
 from reference.experiments.paper import paper_table
 from reference.experiments.summary import Evaluation, Judged, analyse, as_json, as_markdown, write_csv
@@ -92,7 +92,8 @@ def prompts_of(config: Config, sources: Sequence[str]) -> list[Prompt]:
     """
     if not sources:
         return held_out_prompts(config)
-    count = config.log.eval_prompts if "world" in sources else sys.maxsize  # the world never runs out of prompts
+    endless = set(sources) & set(WORLD_SOURCES)  # the world never runs out of prompts
+    count = config.log.eval_prompts if endless else sys.maxsize
     rollout = dataclasses.replace(config.rollout, held_out=tuple(sources))
     log = dataclasses.replace(config.log, eval_prompts=count)
     return held_out_prompts(dataclasses.replace(config, rollout=rollout, log=log))

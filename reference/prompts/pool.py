@@ -12,13 +12,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reference.config.settings import REWARDS, Config, is_world
+from reference.config.settings import REWARDS, WORLD_SOURCES, Config, is_world
 from reference.errors import ConfigError, did_you_mean
 from reference.interfaces import Prompt, plain_prompts
 from reference.prompts.files import mixture_of_epoch, passes, read_mixture
 from reference.text_files import prompt_lines
 from reference.world.scenes import KINDS, prompt_of, random_scene, tokens
 
+# The kinds of scenes that each of WORLD_SOURCES takes in turn.
+_KINDS = {
+    "world": KINDS,
+    "world:text": tuple(kind for kind in KINDS if "text" in kind),
+    "world:objects": tuple(kind for kind in KINDS if "text" not in kind),
+}
 _FIRST_EPOCHS = 10  # at most so many tell the spread of rewards at the start, the unit of gains
 
 
@@ -94,7 +100,11 @@ def _sources(names: Sequence[str], config: Config, count: int, *, held_out: bool
         return sources
     seed = 0 if held_out else config.seed
     return [
-        plain_prompts(world_prompts(count, seed, held_out=held_out) if name == "world" else read_prompts(Path(name)))
+        plain_prompts(
+            world_prompts(count, seed, held_out=held_out, source=name)
+            if name in WORLD_SOURCES
+            else read_prompts(Path(name))
+        )
         for name in names
     ]
 
@@ -108,8 +118,8 @@ def _check_rewards(sources: Sequence[Sequence[Prompt]], config: Config) -> None:
             raise ConfigError(f"rollout.prompts: expected rewards after # to be among {listed}, got {name!r}.{hint}")
 
 
-def world_prompts(count: int, seed: int, *, held_out: bool) -> list[str]:
-    """Distinct prompts of the world, its kinds in turn.
+def world_prompts(count: int, seed: int, *, held_out: bool, source: str = "world") -> list[str]:
+    """Distinct prompts of one of ``WORLD_SOURCES``, its kinds in turn.
 
     Example:
         >>> world_prompts(2, 0, held_out=True) == world_prompts(3, 0, held_out=True)[:2]
@@ -117,7 +127,7 @@ def world_prompts(count: int, seed: int, *, held_out: bool) -> list[str]:
     """
     rng = random.Random(f"prompts {seed} {held_out}")
     found: dict[str, None] = {}
-    for kind in itertools.cycle(KINDS):  # single objects run out first: the other kinds then fill their places
+    for kind in itertools.cycle(_KINDS[source]):  # single objects run out first: the other kinds then fill their places
         if len(found) == count:
             break
         found[prompt_of(random_scene(rng, kind, held_out=held_out))] = None

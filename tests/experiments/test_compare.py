@@ -19,9 +19,10 @@ from reference.config.settings import Config, LogConfig, SolveConfig
 from reference.config.toml import to_toml
 from reference.errors import ConfigError, TrainingError
 from reference.experiments import comparison
-from reference.experiments.compare import Screening, compare, plan_runs, screened
+from reference.experiments.compare import Screening, compare, plan_runs, screened, settings_of_rules
 from reference.experiments.comparison import finished, read_run, rows_a_solve
 from reference.experiments.statistics import Array, crossed_interval, percentile, smallest, student
+from tests.experiments.made_runs import records, write
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Config(epochs=2, rewards=("text", "jpeg"), log=LogConfig(watch=("objects",), eval_prompts=3, eval_images=2))
@@ -92,33 +93,8 @@ def test_a_planted_winner_is_found() -> None:
     assert twin.low < 0 < twin.high
 
 
-def records(config: Config, gains: tuple[float, float, float], cpu: float, prompts: int = 3) -> list[dict[str, Any]]:
-    """A run of two epochs whose rewards rise evenly to ``gains``."""
-    found: list[dict[str, Any]] = []
-    for epoch in range(3):
-        if epoch:
-            found.append({"kind": "step", "epoch": epoch - 1})
-            fresh = {"text": -0.1, "jpeg": 0.3} if epoch > 1 else None
-            refresh = {"min_cosine": 0.5, "next_min_cosine": -0.1, "next_cosines": fresh}
-            found.append({"kind": "refresh", "epoch": epoch - 1, **refresh})
-            found.append({"kind": "epoch", "epoch": epoch - 1, "images": 10, "cpu_seconds": cpu})
-        share = epoch / 2
-        per_prompt = {
-            name: [None if name == "text" and p == 0 else 1.0 + p + share * gain for p in range(prompts)]
-            for name, gain in zip(("text", "jpeg", "objects"), gains, strict=True)
-        }
-        std = {"text": 0.5, "jpeg": 0.1, "objects": 1.0}
-        found.append({"kind": "eval", "epoch": epoch, "per_prompt": per_prompt, "within_std": std})
-    return found
-
-
-def write(config: Config, lines: list[dict[str, Any]]) -> None:
-    config.run.mkdir(parents=True)
-    (config.run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
-
 def made_up(folder: Path, seeds: int = 2) -> dict[str, list[Config]]:
-    plans = plan_runs(SETTINGS, ("soft-min", "uniform"), seeds, folder)
+    plans = plan_runs(settings_of_rules(SETTINGS, ("soft-min", "uniform")), seeds, folder)
     for s in range(seeds):
         write(plans["soft-min"][s], records(plans["soft-min"][s], (0.25, 0.06, 0.3), cpu=60.0))
         write(plans["uniform"][s], records(plans["uniform"][s], (0.5, -0.02, 0.3), cpu=30.0))
@@ -206,38 +182,38 @@ def test_a_finished_run_of_another_configuration_is_refused(tmp_path: Path) -> N
     config = made_up(tmp_path)["uniform"][1]
     other = dataclasses.replace(config, threads=3, log=dataclasses.replace(config.log, trackers=("tensorboard",)))
     (config.run / "config.toml").write_text(to_toml(other), encoding="utf-8")
-    plan_runs(SETTINGS, ("soft-min", "uniform"), 2, tmp_path)
+    plan_runs(settings_of_rules(SETTINGS, ("soft-min", "uniform")), 2, tmp_path)
     for wrong in (
         dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1.0)),
         dataclasses.replace(config, log=dataclasses.replace(config.log, eval_prompts=4)),
     ):
         (config.run / "config.toml").write_text(to_toml(wrong), encoding="utf-8")
         with pytest.raises(ConfigError, match=r"uniform/seed-1 was made by another configuration"):
-            plan_runs(SETTINGS, ("soft-min", "uniform"), 2, tmp_path)
+            plan_runs(settings_of_rules(SETTINGS, ("soft-min", "uniform")), 2, tmp_path)
 
 
 def test_rules_that_are_not_judged_alike_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "other.toml"
     file.write_text("[log]\neval_images = 3\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="mine has other rewards or another evaluation than uniform"):
-        plan_runs(SETTINGS, ("uniform", f"mine={file}"), 1, tmp_path)
+        plan_runs(settings_of_rules(SETTINGS, ("uniform", f"mine={file}")), 1, tmp_path)
 
 
 def test_rules_from_files(tmp_path: Path) -> None:
     file = tmp_path / "cone.toml"
     file.write_text('balance = "cone"\n[solve]\ndecay = 0.5\n', encoding="utf-8")
-    plans = plan_runs(SETTINGS, (f"mine={file}", "uniform"), 2, tmp_path)
+    plans = plan_runs(settings_of_rules(SETTINGS, (f"mine={file}", "uniform")), 2, tmp_path)
     assert list(plans) == ["mine", "uniform"]
     assert plans["mine"][1].solve.decay == 0.5
     assert plans["mine"][1].run == tmp_path / "mine" / "seed-1"
     assert (plans["mine"][1].seed, plans["mine"][1].log.trackers) == (1, ())
     with pytest.raises(ConfigError, match="distinct names"):  # they would share a folder
-        plan_runs(SETTINGS, (f"a:b={file}", f"a-b={file}"), 1, tmp_path)
+        plan_runs(settings_of_rules(SETTINGS, (f"a:b={file}", f"a-b={file}")), 1, tmp_path)
 
 
 def test_candidates_by_their_paths(tmp_path: Path) -> None:
     path = "reference.experiments.candidates:upgrad"
-    plans = plan_runs(preset("world"), ("uniform", path), 1, tmp_path)
+    plans = plan_runs(settings_of_rules(preset("world"), ("uniform", path)), 1, tmp_path)
     assert plans[path][0].run == tmp_path / path.replace(":", "-") / "seed-0"
 
 
@@ -269,7 +245,7 @@ def test_rows_behind_a_solve() -> None:
 )
 def test_plans_that_cannot_be(tmp_path: Path, rules: tuple[str, ...], seeds: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        plan_runs(SETTINGS, rules, seeds, tmp_path)
+        plan_runs(settings_of_rules(SETTINGS, rules), seeds, tmp_path)
 
 
 def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -281,7 +257,7 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None
 
 
 def test_a_failed_run_is_named_and_no_other_one_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = plan_runs(SETTINGS, ("uniform", "soft-min"), 2, tmp_path)
+    plans = plan_runs(settings_of_rules(SETTINGS, ("uniform", "soft-min")), 2, tmp_path)
     slow = f"sleep 1; touch {tmp_path / 'ended'}"
     stand_in(tmp_path, monkeypatch, f"case $7 in *uniform*) echo out of memory; exit 3;; *) {slow};; esac")
     message = r"uniform/seed-0 ended with status 3; .*seed-0\.log ends with\nout of memory"
@@ -308,7 +284,7 @@ def test_the_command_trains_once_and_goes_on(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_run_that_was_begun_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = plan_runs(SETTINGS, ("soft-min", "uniform"), 2, tmp_path)
+    plans = plan_runs(settings_of_rules(SETTINGS, ("soft-min", "uniform")), 2, tmp_path)
     write(plans["soft-min"][0], records(plans["soft-min"][0], (1.0, 1.0, 1.0), cpu=1.0))
     write(plans["uniform"][0], records(plans["uniform"][0], (1.0, 1.0, 1.0), cpu=1.0)[:-1])
     begun = plans["uniform"][0].run / "checkpoints" / "step-00000000.ckpt"
@@ -327,7 +303,7 @@ def test_a_run_that_was_begun_is_resumed(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_screening_keeps_the_first_rule_and_the_best_others(tmp_path: Path) -> None:
     """Two epochs a run; after the first of them, and with one of three seeds, the rules have half of their gains."""
-    plans = plan_runs(SETTINGS, ("soft-min", "uniform", "marble", "weighted-sum"), 3, tmp_path)
+    plans = plan_runs(settings_of_rules(SETTINGS, ("soft-min", "uniform", "marble", "weighted-sum")), 3, tmp_path)
     worst = {"soft-min": -0.5, "uniform": 0.1, "marble": 0.3, "weighted-sum": -0.2}
     for label, configs in plans.items():
         for s, config in enumerate(configs):

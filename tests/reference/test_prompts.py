@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from reference.config.checks import validate
 from reference.config.presets import preset
 from reference.config.settings import Config, RolloutConfig
 from reference.errors import ConfigError
@@ -79,6 +80,23 @@ def test_generated_prompts_are_distinct_and_keep_to_their_side(held_out: bool) -
     assert prompts == world_prompts(90, 0, held_out=held_out)[:80]
     assert prompts != world_prompts(80, 1, held_out=held_out)
     assert sum('the text "' in prompt for prompt in prompts) >= 32  # two kinds of five
+
+
+def test_sources_with_a_text_and_without() -> None:
+    """Prompts of one source are of its kinds alone; two sources have what one has of both."""
+    with_text = world_prompts(40, 0, held_out=False, source="world:text")
+    without = world_prompts(40, 0, held_out=False, source="world:objects")
+    assert all('the text "' in prompt for prompt in with_text)
+    assert not any('the text "' in prompt for prompt in without)
+    world = preset("world")
+    rollout = dataclasses.replace(world.rollout, prompts=("world:text", "world:objects"), held_out=("world:text",))
+    config = dataclasses.replace(world, rollout=rollout)
+    validate(config)
+    assert [len(source) for source in training_pool(config).sources] == [64, 64]
+    assert all('the text "' in prompt.text for prompt in held_out_prompts(config))
+    few = dataclasses.replace(rollout, prompts=("world:text",), prompts_per_epoch=65)
+    with pytest.raises(ConfigError, match=r"at most rollout\.pool = 64, got 65"):
+        validate(dataclasses.replace(world, rollout=few))
 
 
 def of_model(*sources: str, held_out: tuple[str, ...] = (), count: int = 60) -> Config:
