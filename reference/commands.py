@@ -29,7 +29,7 @@ from reference.config.flags import (
 from reference.config.presets import preset
 from reference.config.settings import Config, is_world, training_times
 from reference.config.toml import from_toml
-from reference.errors import ConfigError, TrainingError
+from reference.errors import TrainingError
 
 
 def train_command(a: Train) -> None:
@@ -75,17 +75,11 @@ def controls_command(a: Controls) -> None:
 
 def report_command(a: Report) -> None:
     """Run ``report``."""
-    from reference.run.report import usable_runs, write_comparison, write_report
+    from reference.run.report import report_on
 
-    given = a.run or (Path("runs/world"),)
-    runs, faults = usable_runs(given)
-    if not runs:
-        raise ConfigError("\n".join(faults))
+    page, faults = report_on(a.run or (Path("runs/world"),), a.out)
     print("".join(f"left out: {fault}\n" for fault in faults), end="", file=sys.stderr)
-    if len(given) == 1:
-        print(f"report: {write_report(given[0])}")
-    else:
-        print(f"report: {write_comparison(runs, a.out or given[0].parent / 'comparison.html')}")
+    print(f"report: {page}")
 
 
 def compare_command(a: Compare) -> None:

@@ -6,11 +6,14 @@ import hashlib
 from typing import Any
 
 from reference.config.settings import Config
+from reference.interfaces import Scores
 from reference.run.intervals import interval
-from reference.run.live import save_grid
 from reference.run.state import Run, State
+from reference.run.tiles import save_tiles
 from reference.step.evaluation import Judging, evaluate, first_images, prompt_means, within_std
 from reference.step.rollout import Sampling
+
+_SHOWN = 40  # prompts on the picture of an evaluation
 
 
 def evaluation_due(config: Config, state: State) -> bool:
@@ -43,12 +46,13 @@ def evaluate_held_out(run: Run, state: State) -> None:
         "settings": settings_of(run),
     }
     live.log({"kind": "eval", "step": state.step, "epoch": state.epoch, **record})
-    shown = first_images(images, len(inputs.held_out), log.eval_images, 40, run.peers)
+    shown = first_images(images, len(inputs.held_out), log.eval_images, _SHOWN, run.peers)
     if live.main:
-        path, scale = run.config.run / "grids" / f"{name}.png", max(1, 96 // shown.shape[-1])
+        path = run.config.run / "grids" / f"{name}.png"
+        texts = [prompt.text for prompt in inputs.held_out[:_SHOWN]]
+        theirs = Scores(*(x[:: log.eval_images][:_SHOWN] for x in scores))
         try:
-            picture = save_grid(shown, path, columns=10, scale=scale, largest=256)
-            live.pictures(picture, state.step)
+            live.pictures(save_tiles(shown, texts, tuple(rewards), theirs, path), state.step)
         except OSError as error:
             live.say(f"warning: cannot write {path}: {error}. Training goes on without this picture.")
 

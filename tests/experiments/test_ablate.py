@@ -63,12 +63,12 @@ def test_the_table_of_made_up_runs(tmp_path: Path) -> None:
                 (config.run / "config.toml").write_text(to_toml(config), encoding="utf-8")
     text = ablate(SETTINGS, tuple(gains), 2, tmp_path, jobs=1, tables_only=True)
     assert (tmp_path / "ablate.md").read_text(encoding="utf-8") == text + "\n"
-    first, raw, rows = (line.split(" | ") for line in text.splitlines()[4:])
+    first, raw, threefold = (line.split(" | ") for line in text.splitlines()[4:])
     assert first[1:4] == ["N = 10, direction kept, rho = 0.7, guard = 0.5 (`marble`)", "+0.50", "+0.60"]
     assert first[4:] == ["+0.50 [+0.50, +0.50]", "", " |"]
     assert raw[2:] == ["+1.00", "-0.20", "-0.20 [-0.20, -0.20]", "-0.70 [-0.70, -0.70]", "jpeg |"]
-    assert rows[4] == "+0.50 [+0.50, +0.50]"
-    assert rows[5].startswith("+0.00") or rows[5].startswith("-0.00")
+    assert threefold[4] == "+0.50 [+0.50, +0.50]"
+    assert threefold[5].startswith("+0.00") or threefold[5].startswith("-0.00")
 
 
 def test_an_unknown_variant_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

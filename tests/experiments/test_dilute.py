@@ -38,15 +38,15 @@ def test_table_and_figure_of_made_up_runs(tmp_path: Path) -> None:
             for config in plan_runs(settings_of_rules(diluted(n), (rule,)), 1, tmp_path / f"1-in-{n}")[rule]:
                 write(config, records(config, gains, cpu=60.0))
                 (config.run / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    text = dilute(settings, ("soft-min", "weighted-sum"), (2, 16), 1, tmp_path, jobs=1)
-    lines = [line.strip("| ").split(" | ")[:4] for line in text.splitlines()[4:]]
+    table = dilute(settings, ("soft-min", "weighted-sum"), (2, 16), 1, tmp_path, jobs=1)
+    lines = [line.strip("| ").split(" | ")[:4] for line in table.splitlines()[4:]]
     assert lines == [
         ["2", "soft-min", "+0.50", "+0.60"],
         ["2", "weighted-sum", "+1.00", "-0.20"],
         ["16", "soft-min", "+0.50", "+0.60"],
         ["16", "weighted-sum", "+0.10", "-0.20"],
     ]
-    assert (tmp_path / "dilute.md").read_text(encoding="utf-8") == text + "\n"
+    assert (tmp_path / "dilute.md").read_text(encoding="utf-8") == table + "\n"
     first = (tmp_path / "dilute.svg").read_bytes()
     dilute(settings, ("soft-min", "weighted-sum"), (2, 16), 1, tmp_path, jobs=1)
     assert (tmp_path / "dilute.svg").read_bytes() == first
