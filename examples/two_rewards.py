@@ -2,7 +2,8 @@ import torch
 
 from marble_core import alignment, combine_rows, gram_matrix, harmonize
 
-rows = {"weight": torch.tensor([[10.0, 0.0], [-0.6, 0.8]])}  # one gradient a reward: they conflict, one is longer
+# One gradient a reward: they conflict, one is longer.
+rows = {"weight": torch.tensor([[10.0, 0.0], [-0.6, 0.8]])}
 gram = gram_matrix(rows)
 balanced = harmonize(gram)
 

@@ -144,13 +144,13 @@ def report_on(folders: Sequence[Path], out: Path | None) -> tuple[Path, list[str
 
 
 def reward_table(run: Path) -> str:
-    """Held-out rewards before and after as aligned text, with the paired change and what its interval allows to say.
+    """Held-out rewards as aligned text: what the interval of the paired change allows to say, before and after.
 
     Raises:
         ValueError: as of ``write_report``.
     """
     loaded = _load(run)
-    rows = [["reward", "before", "after", "change, 95 % paired", "verdict"]]
+    rows = [["reward", "verdict", "change, 95 % paired", "before", "after"]]
     rows += [_reward_row(name, loaded, name) for name in _names([loaded], _EVAL)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
@@ -224,8 +224,8 @@ def _answer(runs: Mapping[str, _Run]) -> str:
 
 
 def _rewards(runs: Mapping[str, _Run]) -> str:
-    """Rewards before and after, the paired change prompt by prompt, and what its interval allows to say."""
-    rows = [["reward", "before", "after", "change", "verdict"]]
+    """What the interval of each reward's paired change allows to say, the change, before and after."""
+    rows = [["reward", "verdict", "change", "before", "after"]]
     for name, (label, run) in itertools.product(_names(runs.values(), _EVAL), runs.items()):
         rows.append(_reward_row(name if len(runs) == 1 else f"{name} ({label})", run, name))
     sentence = (
@@ -238,9 +238,9 @@ def _rewards(runs: Mapping[str, _Run]) -> str:
 
 
 def _reward_row(title: str, run: _Run, name: str) -> list[str]:
-    """A reward before and after, the paired change, and what its interval allows to say."""
+    """A reward: what the interval of its paired change allows to say, that change, and the means before and after."""
     (before, after), found = run.ends(name), run.change(name)
-    return [title, _text(before), _text(after), _text(found[:3], "+"), verdict(found)]
+    return [title, verdict(found), _text(found[:3], "+"), _text(before), _text(after)]
 
 
 def _conflict_matrix(run: _Run) -> str:

@@ -28,6 +28,20 @@ def blocks(page: Path) -> list[tuple[str, str, int]]:
     return [(m[1], m[2], text.count("\n", 0, m.start(2))) for m in BLOCK.finditer(text)]
 
 
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("*/README.md")], ids=lambda p: str(p.relative_to(ROOT)))
+def test_code_fits_a_narrow_window(page: Path) -> None:
+    wide = [line for _, text, _ in blocks(page) for line in text.splitlines() if len(line) > 88]
+    assert not wide
+
+
+def test_long_pages_begin_with_a_summary() -> None:
+    """Pages of numbers alone have none."""
+    for page in (ROOT / "docs").rglob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        if len(text.split()) > 2000 and page.parent.name != "figures":
+            assert "\n> **Summary" in text.partition("\n## ")[0], page
+
+
 def run_page(page: Path) -> list[tuple[str, str]]:
     """Run a page's Python blocks in order, in one namespace; ``(printed, expected)`` where a text block follows."""
     namespace: dict[str, object] = {"__name__": page.stem}

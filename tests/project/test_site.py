@@ -29,6 +29,7 @@ class Page(HTMLParser):
         self.names: set[str] = set()
         self.text: list[str] = []
         self.code: list[str] = []
+        self.formulas: list[str] = []
         self.inside: list[str] = []
         self.feed(path.read_text(encoding="utf-8"))
 
@@ -44,19 +45,25 @@ class Page(HTMLParser):
             self.inside.pop()
 
     def handle_data(self, data: str) -> None:
-        (self.text if not self.inside else self.code if self.inside[-1] == "code" else []).append(data)
+        where = {"code": self.code, "math": self.formulas}
+        (where.get(self.inside[-1], []) if self.inside else self.text).append(data)
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
-    folder = tmp_path_factory.mktemp("clone")
+def build_site(folder: Path) -> Path:
+    """The folder of the site, built in a copy of what it is made from."""
     for name in ("docs", "marble_core"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "data"))
     shutil.copy(ROOT / "mkdocs.yml", folder)
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return {path: Page(path) for path in (folder / "site").rglob("*.html") if path.name != "404.html"}
+    return folder / "site"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
+    built = build_site(tmp_path_factory.mktemp("clone"))
+    return {path: Page(path) for path in built.rglob("*.html") if path.name != "404.html"}
 
 
 def test_every_link_leads_somewhere(site: dict[Path, Page]) -> None:
@@ -85,3 +92,4 @@ def test_nothing_is_left_as_it_was_written(site: dict[Path, Page]) -> None:
         assert not re.search(r"\\(?:frac|sum|lVert|langle|alpha|mathbb)\b", text), path
         assert not re.search(r"\$[^$\n]{1,80}\$", text), path
         assert not [code for code in page.code if "\\|" in code], path
+        assert not [formula for formula in page.formulas if "\\" in formula], path  # a command it does not know

@@ -183,9 +183,9 @@ def test_summary(page: Page) -> None:
 def test_rewards_before_and_after(page: Page) -> None:
     # All prompts change alike, though they are far apart and the intervals of the means overlap.
     expected = [
-        ["objects", "0.500 [0.400, 0.600]", "0.800 [0.750, 0.950]", "+0.300 [+0.300, +0.300]", "raised"],
-        ["text", "0.650 [0.550, 0.800]", "0.600 [0.550, 0.650]", "-0.050 [-0.050, -0.050]", "lowered"],
-        ["size", "0.900 [0.850, 0.950]", "0.700 [0.600, 0.800]", "-0.200 [-0.200, -0.200]", "lowered"],
+        ["objects", "raised", "+0.300 [+0.300, +0.300]", "0.500 [0.400, 0.600]", "0.800 [0.750, 0.950]"],
+        ["text", "lowered", "-0.050 [-0.050, -0.050]", "0.650 [0.550, 0.800]", "0.600 [0.550, 0.650]"],
+        ["size", "lowered", "-0.200 [-0.200, -0.200]", "0.900 [0.850, 0.950]", "0.700 [0.600, 0.800]"],
     ]
     assert page.rows[1:4] == expected
 
@@ -327,7 +327,7 @@ def test_unknown_kinds_and_keys_are_ignored(tmp_path: Path) -> None:
         {**epoch(0), "rewards": None, "warnings": None, "new": [1]},
     )
     page = Page(write_report(write_run(tmp_path, *strange, {"kind": "eval", "step": "0", "rewards": {"a": 7}})))
-    assert page.rows[1] == ["a", "-", "-", "-", "unknown"]
+    assert page.rows[1] == ["a", "unknown", "-", "-", "-"]
     assert any(", 2 steps, 1 epochs," in text for text in page.inside("p"))
     assert "a: no finite value." in page.inside("p")
 
@@ -344,7 +344,7 @@ def test_gaps_where_values_are_missing(tmp_path: Path) -> None:
     assert line[1].count("M") == 4, "four runs of values"
     dots = re.findall(r'<g clip-path="[^"]*">\s*(<use [^>]*/>\s*)</g>', loss)
     assert len(dots) == 1, "the one value without neighbours"
-    assert page.rows[1:] == [["objects", "0.500", "-", "-", "unknown"], ["text", "-", "-", "-", "unknown"]]
+    assert page.rows[1:] == [["objects", "unknown", "-", "0.500", "-"], ["text", "unknown", "-", "-", "-"]]
     assert {"Weights: no finite value.", "Norms: no finite value."} <= set(page.inside("p"))
     assert any(text.startswith("Gradient cosines left out") for text in page.inside("p"))
 
@@ -363,7 +363,7 @@ def test_evaluations_with_other_settings_are_not_put_side_by_side(tmp_path: Path
     first = evaluation(0, text=(0.1, 0.0, 0.2)) | {"settings": {"images": 2}}
     others = [evaluation(s, text=(x, x - 0.1, x + 0.1)) | {"settings": {"images": 4}} for s, x in ((2, 0.5), (4, 0.7))]
     page = Page(write_report(write_run(tmp_path, first, *others)))
-    assert page.rows[1] == ["text", "0.500 [0.400, 0.600]", "0.700 [0.600, 0.800]", "+0.200 [+0.200, +0.200]", "raised"]
+    assert page.rows[1] == ["text", "raised", "+0.200 [+0.200, +0.200]", "0.500 [0.400, 0.600]", "0.700 [0.600, 0.800]"]
     assert any("1 evaluations with other settings are left out." in text for text in page.inside("p"))
 
 
@@ -415,9 +415,9 @@ def test_comparison(runs: dict[str, Path], tmp_path: Path) -> None:
     expected = ["Rewards before and after", "Held-out rewards", "Gradient cosines", "Images"]
     assert page.inside("h2") == expected
     assert page.values("aria-label") == ["objects", "extra", "ours", "sum"]
-    assert page.rows[1] == ["objects (ours)", "0.500 [0.400, 0.600]", "0.800 [0.700, 0.900]", *page.rows[1][3:]]
-    assert page.rows[2][-2:] == ["+0.150 [+0.150, +0.150]", "raised"]
-    assert page.rows[4] == ["extra (sum)", "10.000 [9.000, 11.000]", "-", "-", "unknown"]
+    assert page.rows[1] == ["objects (ours)", *page.rows[1][1:3], "0.500 [0.400, 0.600]", "0.800 [0.700, 0.900]"]
+    assert page.rows[2][1:3] == ["raised", "+0.150 [+0.150, +0.150]"]
+    assert page.rows[4] == ["extra (sum)", "unknown", "-", "10.000 [9.000, 11.000]", "-"]
     # One of one: Wilson's lower bound is 1 / (1 + z^2).
     assert page.rows[6:] == [
         ["ours: same batch", "2", "0.600", "0 of 2", "0.0% [0.0%, 65.8%]", "0.707"],
@@ -437,15 +437,15 @@ def test_reward_table(tmp_path: Path) -> None:
     last = evaluation(4, a=(0.8, 0.7, 0.9), b=(0.9, 0.8, 1.0))
     last["per_prompt"]["b"] = [-0.5, 1.0, 1.5]
     assert reward_table(write_run(tmp_path, first, last)).splitlines() == [
-        "reward  before                after                 change, 95 % paired      verdict",
-        "a       0.500 [0.400, 0.600]  0.800 [0.700, 0.900]  +0.300 [+0.300, +0.300]  raised",
-        "b       1.000 [0.900, 1.100]  0.900 [0.800, 1.000]  -0.333 [-1.050, +0.384]  not told apart",
+        "reward  verdict         change, 95 % paired      before                after",
+        "a       raised          +0.300 [+0.300, +0.300]  0.500 [0.400, 0.600]  0.800 [0.700, 0.900]",
+        "b       not told apart  -0.333 [-1.050, +0.384]  1.000 [0.900, 1.100]  0.900 [0.800, 1.000]",
     ]
 
 
 def test_reward_table_before_the_second_evaluation(tmp_path: Path) -> None:
     run = write_run(tmp_path, evaluation(0, a=(0.5, 0.4, 0.6)))
-    assert reward_table(run).splitlines()[1].split() == ["a", "0.500", "[0.400,", "0.600]", "-", "-", "unknown"]
+    assert reward_table(run).splitlines()[1].split() == ["a", "unknown", "-", "0.500", "[0.400,", "0.600]", "-"]
 
 
 def test_no_evaluations(tmp_path: Path) -> None:
