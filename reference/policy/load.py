@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from diffusers import SD3Transformer2DModel
 
 from reference.config.settings import Config, is_world
 from reference.policy.adapters import Policy, add_lora, compile_blocks
@@ -39,17 +40,22 @@ def load_model(config: Config, prompts: Sequence[str], peers: Peers = ALONE) -> 
                 from reference.policy.sd3 import load_sd3
 
                 base = load_sd3(m, prompts, device)
-    dtype = torch.bfloat16 if m.precision == "bf16" else None
-    if dtype is not None:
-        base.transformer.to(dtype)
-    if m.gradient_checkpointing:
-        base.transformer.enable_gradient_checkpointing()
-    policy = add_lora(
-        base.transformer, rank=m.lora_rank, alpha=m.lora_alpha, targets=m.lora_targets, seed=config.seed, autocast=dtype
-    )
+    policy = adapted(base.transformer, config)
     if m.shard:
         policy = shard_base(policy, peers)
     policy.model.to(device)
     if m.compile:
         compile_blocks(policy)
     return base, policy
+
+
+def adapted(transformer: SD3Transformer2DModel, config: Config) -> Policy:
+    """A transformer in the precision asked for, frozen, with its adapters."""
+    m, dtype = config.model, torch.bfloat16 if config.model.precision == "bf16" else None
+    if dtype is not None:
+        transformer.to(dtype)
+    if m.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return add_lora(
+        transformer, rank=m.lora_rank, alpha=m.lora_alpha, targets=m.lora_targets, seed=config.seed, autocast=dtype
+    )

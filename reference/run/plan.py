@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
 
 from reference.config.settings import Config, is_world, pulls, training_times
 from reference.config.toml import to_toml
 from reference.errors import ConfigError
-from reference.policy.adapters import parameters, target_layers, velocity
-from reference.policy.load import load_model
+from reference.policy.adapters import Policy, parameters, target_layers, velocity
+from reference.policy.load import adapted, load_model
+from reference.processes.devices import device_of
 from reference.prompts.pool import all_prompts, held_out_prompts, training_pool
+from reference.run.live import clock
 from reference.step.method import method_of
 
 _BYTES = 4  # float32
+_TRIED_ANYWHERE = 10_000_000  # parameters of a model that is timed without a GPU, too
 
 
 class _Work(NamedTuple):
@@ -39,15 +45,17 @@ def plan(config: Config) -> Plan:
     """Resolve a configuration to a plan.
 
     The small world is loaded and timed for the estimates. Of Stable Diffusion 3 nothing but the configuration of the
-    transformer is read; what is missing is said.
+    transformer is read; on a GPU it is timed with random weights, and its memory is measured. What is missing is said.
     """
     work = _work(config)
     lines, missing = _counts(config, work), list[str]()
     if is_world(config.model.base):
-        forward, train, P = _measure(config)
-        lines |= _memory(config, P) | _time(config, work, forward, train)
+        base, policy = load_model(config, [])
+        condition = base.encode(["a red circle"])
+        found = _measure(config, policy, torch.randn(1, *base.latent_shape, device=base.device), condition)
+        lines |= _memory(config, sum(p.numel() for p in parameters(policy).values())) | _time(config, work, found)
     else:
-        more, missing = _stable_diffusion(config)
+        more, missing = _stable_diffusion(config, work)
         lines |= more
     text = [to_toml(config).rstrip(), "", "# plan", *(f"# {k:12}{v}" for k, v in lines.items())]
     return Plan("\n".join(text), tuple(missing))
@@ -88,23 +96,33 @@ def _memory(config: Config, P: int) -> dict[str, str]:
     }
 
 
-def _time(config: Config, work: _Work, forward: float, train: float) -> dict[str, str]:
-    """Lines about time, from seconds of a forward pass, and of forward and backward, of one image."""
-    r, log = config.rollout, config.log
+class _Measured(NamedTuple):
+    """Seconds of a forward pass, and of forward and backward, of one image; GB at the peak on a GPU, else 0."""
+
+    forward: float
+    train: float
+    peak: float
+
+
+def _time(config: Config, work: _Work, found: _Measured) -> dict[str, str]:
+    """Lines about time."""
+    r, log, (forward, train, peak) = config.rollout, config.log, found
     others = 2.0 if pulls(config.loss) else 1.0  # forward passes of the old policy and of the base
     more = work.refreshes / max(work.steps, 1)  # of a second backward pass
     epoch = work.images * (r.steps * forward + work.J * (train + others * forward + more * (train - forward)))
     evaluations = 1 + math.ceil(config.epochs / (log.eval_every or config.epochs))
     total = config.epochs * epoch + evaluations * log.eval_prompts * log.eval_images * log.eval_steps * forward
-    return {
-        "time": f"about {total / 60:.0f} min here: {epoch:.1f} s an epoch, without scoring",
+    lines = {
+        "time": f"about {clock(total)} here: {epoch:.1f} s an epoch, without scoring and decoding",
         "an image": f"{1000 * forward:.1f} ms a forward pass, {1000 * train:.1f} ms with backward, measured now",
     }
+    return lines | ({"peak": f"{peak:.1f} GB with a micro-batch, measured now with random weights"} if peak else {})
 
 
-def _stable_diffusion(config: Config) -> tuple[dict[str, str], list[str]]:
+def _stable_diffusion(config: Config, work: _Work) -> tuple[dict[str, str], list[str]]:
     """Lines about a model and prompts, and what of them is not here yet."""
-    from reference.policy.sd3 import empty_transformer  # seconds of imports, which the small world does without
+    # seconds of imports, which the small world does without
+    from reference.policy.sd3 import empty_transformer
 
     lines: dict[str, str] = {}
     missing: list[str] = []
@@ -115,6 +133,7 @@ def _stable_diffusion(config: Config) -> tuple[dict[str, str], list[str]]:
         lines |= _memory(config, sum(m.lora_rank * sum(layer.weight.shape) for layer in layers))
         lines["base"] = f"{size / 1e9:.2f} GB of transformer weights in {m.precision}"
         lines["base"] += ", spread over all processes" if m.shard else ""
+        lines |= _time_of_random_weights(config, work, transformer)
     except ConfigError as error:
         missing.append(f"model: {error}")
     try:
@@ -122,34 +141,65 @@ def _stable_diffusion(config: Config) -> tuple[dict[str, str], list[str]]:
         lines["prompts"] = f"{len(all_prompts(pool))} for training, {len(held_out)} held out"
     except ConfigError as error:
         missing.append(f"prompts: {error}")
-    lines["time"] = "not estimated: it is the GPU's, see docs/benchmarks.md"
     if missing:
         lines["missing"] = "; ".join(text.partition(":")[0] for text in missing) + ": see below"
     return lines, missing
 
 
-def _measure(config: Config) -> tuple[float, float, int]:
-    """Seconds of a forward pass, and of a forward and backward pass, of one image; number of trained parameters."""
+def _time_of_random_weights(config: Config, work: _Work, transformer: SD3Transformer2DModel) -> dict[str, str]:
+    """Lines about time and memory of a model that was not downloaded: on a GPU, or where it is small."""
+    device, c, side = device_of(config.device), transformer.config, config.model.resolution // 8
+    if device.type != "cuda" and sum(p.numel() for p in transformer.parameters()) > _TRIED_ANYWHERE:
+        return {"time": "not estimated: there is no GPU here"}
+    try:
+        transformer = transformer.to_empty(device=device)
+        for tensor in (*transformer.parameters(), *transformer.buffers()):
+            torch.nn.init.normal_(tensor.data, std=0.02)
+        policy = adapted(transformer, config)
+        policy.model.to(device)
+        dtype = next(transformer.parameters()).dtype
+        tokens = 77 + config.model.t5_tokens
+        condition = (
+            torch.randn(1, tokens, c["joint_attention_dim"], device=device, dtype=dtype),
+            torch.randn(1, c["pooled_projection_dim"], device=device, dtype=dtype),
+        )
+        x = torch.randn(1, c["in_channels"], side, side, device=device)
+        return _time(config, work, _measure(config, policy, x, condition))
+    except torch.OutOfMemoryError:
+        return {"time": "not estimated: the model and a micro-batch do not fit here; lower optim.micro_batch"}
+
+
+def _measure(config: Config, policy: Policy, x: Tensor, condition: Sequence[Tensor]) -> _Measured:
+    """Time a micro-batch of copies of one latent and condition, on their device."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    base, policy = load_model(config, [])
-    n = min(config.optim.micro_batch, 32)
-    embeds, pooled = base.encode(["a red circle"] * n)
-    x, t = torch.randn(n, *base.latent_shape, device=base.device), torch.rand(n, device=base.device)
+    n, gpu = min(config.optim.micro_batch, 32), x.device.type == "cuda"
+    x, condition = x.repeat(n, 1, 1, 1), [c.repeat(n, *[1] * (c.ndim - 1)) for c in condition]
+    t = torch.rand(n, device=x.device)
 
     def forward() -> None:
         with torch.no_grad():
-            velocity(policy, x, t, (embeds, pooled))
+            velocity(policy, x, t, condition)
 
     def both() -> None:
         trained = list(parameters(policy).values())
-        torch.autograd.grad(velocity(policy, x, t, (embeds, pooled)).square().mean(), trained)
+        torch.autograd.grad(velocity(policy, x, t, condition).square().mean(), trained)
 
-    seconds = []
-    for run in (forward, both):
+    def seconds(run: Callable[[], None]) -> float:
         run()
-        began = time.perf_counter()
+        began = _now(gpu)
         for _ in range(3):
             run()
-        seconds.append((time.perf_counter() - began) / 3 / n)
-    return seconds[0], seconds[1], sum(p.numel() for p in parameters(policy).values())
+        return (_now(gpu) - began) / 3 / n
+
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(x.device)
+    found = seconds(forward), seconds(both)
+    return _Measured(*found, torch.cuda.max_memory_allocated(x.device) / 1e9 if gpu else 0.0)
+
+
+def _now(gpu: bool) -> float:
+    """The clock, after what a GPU still has to do."""
+    if gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter()

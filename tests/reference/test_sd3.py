@@ -41,6 +41,7 @@ from reference.policy.load import load_model
 from reference.processes.peers import ALONE
 from reference.quiet import quiet_libraries
 from reference.run import checkpoint
+from reference.run import plan as plan_module
 from reference.step.balance import Step, init_balance, step_gradient
 from reference.step.batch import Weighed, advantages, step_rows
 from reference.step.gradients import Rows, Whole
@@ -449,6 +450,7 @@ def test_the_plan_counts_without_weights(
     assert f"# trained     {sum(p.numel() for p in parameters(policy).values())} parameters" in printed
     assert "# prompts     3 for training, 2 held out" in printed
     assert "GB of transformer weights in float32\n" in printed
+    assert re.search(r"# time +about .* here: [\d.]+ s an epoch", printed)  # with random weights
     assert main(["train", *flags, "--model.base", str(folder), "--model.shard", "--dry-run"]) == 0
     assert "GB of transformer weights in float32, spread over all processes\n" in capsys.readouterr().out
     assert main(["train", *flags, "--model.base", str(folder), "--rollout.prompts", "none.txt", "--dry-run"]) == 1
@@ -458,6 +460,25 @@ def test_the_plan_counts_without_weights(
     (folder / "model_index.json").write_text("{")
     assert main(["train", *flags, "--model.base", str(folder), "--dry-run"]) == 1
     assert "model: model.base: cannot read " in capsys.readouterr().err
+
+
+def test_the_plan_of_a_large_model_has_no_time_without_a_gpu(
+    tiny_sd3: Path, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "_TRIED_ANYWHERE", 1000)
+    assert main(["train", *flags, "--model.base", str(tiny_sd3), "--device", "cpu", "--dry-run"]) == 0
+    assert "# time        not estimated: there is no GPU here\n" in capsys.readouterr().out
+
+
+def test_the_plan_says_that_a_model_does_not_fit(
+    tiny_sd3: Path, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(plan_module, "_measure", full)
+    assert main(["train", *flags, "--model.base", str(tiny_sd3), "--dry-run"]) == 0
+    assert "do not fit here; lower optim.micro_batch" in capsys.readouterr().out
 
 
 def test_prompts_can_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
