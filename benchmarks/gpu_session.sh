@@ -11,7 +11,7 @@
 #         tokenizers huggingface_hub safetensors tyro tqdm pillow hypothesis pytest ...
 set -uo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3} OUT=${OUT:-runs/gpu-session} STAGES=${STAGES:-smoke tests eager compiled end}
+PYTHON=${PYTHON:-python3} OUT=${OUT:-runs/gpu-session} STAGES=${STAGES:-smoke tests eager compiled end plan}
 END=$((SECONDS + ${LIMIT:-1500}))
 mkdir -p "$OUT"
 
@@ -44,5 +44,7 @@ stage tests 300 "$PYTHON" -m pytest -q -p no:cacheprovider tests/core/test_share
 stage eager 360 "$PYTHON" -m benchmarks.trainer --full-size --modes eager --only step --only cycle --limit 330 --out "$OUT/eager.json"
 stage compiled 420 "$PYTHON" -m benchmarks.trainer --full-size --modes compiled --only step --only cycle --limit 390 --out "$OUT/compiled.json"
 stage end 420 "$PYTHON" -m benchmarks.end_to_end --full-size --folder runs/gpu-end-to-end --out "$OUT/end-to-end.json"
+stage plan 120 "$PYTHON" -m reference train --preset sd35m-single-gpu --model.base runs/gpu-end-to-end/pipeline --dry-run \
+    --rollout.prompts text:runs/gpu-end-to-end/train.txt --rollout.held-out text:runs/gpu-end-to-end/test.txt
 "$PYTHON" -m benchmarks.gpu_table "$OUT" | tee "$OUT/table.md"
 cat "$OUT/stages.txt"

@@ -44,6 +44,18 @@ def read_text(path: Path, argument: str) -> str:
         raise ConfigError(f"{argument}: cannot read {path}: {error}. Save it as UTF-8.") from error
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is none, or is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def prompt_lines(path: Path) -> list[tuple[int, str]]:
     """The prompts of a file with their line numbers, a JSON object as its text; blank lines are skipped, and counted.
 
@@ -75,7 +87,7 @@ def prompt_lines(path: Path) -> list[tuple[int, str]]:
 def _array(path: Path, text: str) -> list[tuple[int, str]]:
     """A JSON array of texts or objects; the numbers are those of its entries."""
     try:
-        rows = json.loads(text)
+        rows = parse_json(text)
     except ValueError as error:
         if text.strip().count("\n") == 0:  # one prompt that begins and ends with a bracket
             return [(1, text.strip())]
@@ -95,6 +107,14 @@ def _entry(path: Path, number: int, row: Any) -> str:
 def _table(path: Path, text: str) -> list[tuple[int, str]]:
     """The column named prompt of a table."""
     reader = csv.DictReader(text.split("\n"), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    try:
+        return _column(path, reader)
+    except csv.Error as error:
+        raise ConfigError(f"rollout.prompts: cannot read {path}, line {reader.line_num}: {error}. {_HINT}") from error
+
+
+def _column(path: Path, reader: csv.DictReader[str]) -> list[tuple[int, str]]:
+    """The prompts of a table."""
     column = next((name for name in reader.fieldnames or () if name.strip().lower() == "prompt"), None)
     if column is None:
         names = ", ".join(reader.fieldnames or ()) or "none"

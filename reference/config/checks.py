@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import urllib.parse
 from collections.abc import Sequence
 
 from reference.config.settings import (
@@ -64,6 +65,23 @@ def _check_names(config: Config) -> None:
             _check_name(key, name, known)
 
 
+NO_SECRETS = (
+    "expected a URL without user, password or query: a configuration is written to files and shown in reports. A key "
+    "belongs in the environment variable that docs/rewards.md names."
+)
+
+
+def carries_secret(source: str) -> bool:
+    """Whether a URL has a part in which a password or a key may be.
+
+    Example:
+        >>> carries_secret("http://localhost:8080/v1#model"), carries_secret("https://me:word@host/v1")
+        (False, True)
+    """
+    url = urllib.parse.urlsplit(source)
+    return "//" in source and bool("@" in url.netloc or url.query)
+
+
 def _check_prompts(config: Config) -> None:
     """Sources of prompts that contradict each other, the model or the scoring."""
     r, world, background = config.rollout, is_world(config.model.base), config.scoring.background
@@ -78,6 +96,9 @@ def _check_prompts(config: Config) -> None:
     _check(world or not generated, "rollout.prompts and rollout.held_out to be files for Stable Diffusion 3; make some "
            "with python -m reference make-prompts", r.prompts + r.held_out)  # fmt: skip
     _check(world or len(r.held_out) > 0, "rollout.held_out to name a file for Stable Diffusion 3", r.held_out)
+    for entry in config.scoring.models:
+        if carries_secret(entry.partition("=")[2]):
+            raise ConfigError(f"scoring.models: {entry.partition('=')[0]}: {NO_SECRETS}")
     _check(not background or config.scoring.batch > 0, "scoring.batch to be positive where scoring.background is set",
            config.scoring.batch)  # fmt: skip
 

@@ -28,7 +28,7 @@ def from_toml(path: Path, base: Config) -> Config:
     """
     try:
         values = tomllib.loads(read_text(path, "config"))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no TOML, a number of too many digits, nested too deeply
         raise ConfigError(f"config: cannot read {path}: {error}") from error
     updated: Config = _updated(base, values, "")
     return updated

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from reference.experiments import tilt
 from reference.experiments.bank import Array, Bank, Indices, collect
 from reference.experiments.candidates import coefficients_of
 from reference.run.reading import PALETTE
+from reference.tensor_files import load_tensors
 
 _BLOCKS = 10  # of the jackknife
 _PARTITIONS = 8  # of the training units into batches
@@ -100,7 +102,7 @@ def diagnose(config: Config, *, run: Path | None, units: int, held_out: int, ske
     key = repr(
         (*essentials, config.log.eval_prompts, run and (run.name, newest and newest.name), units, held_out, sketch)
     )
-    saved = torch.load(folder / "bank.pt", weights_only=True) if (folder / "bank.pt").exists() else {}
+    saved = _saved(folder / "bank.pt")
     if saved.get("key") != key:
         saved = collect(config, run, units, held_out, sketch) | {"key": key}
         torch.save(saved, folder / "bank.pt")
@@ -119,6 +121,16 @@ def diagnose(config: Config, *, run: Path | None, units: int, held_out: int, ske
     (folder / "diagnose.json").write_text(json.dumps(data, default=np.ndarray.tolist, indent=1), encoding="utf-8")
     _plot(names, table).savefig(folder / "diagnose.svg", metadata={"Date": None})
     return text
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    """Inner products that were collected before; nothing where there are none, or the file is damaged."""
+    try:
+        found = load_tensors(path, path) if path.exists() else {}
+    except ValueError as error:
+        print(f"{error} They are collected again.", file=sys.stderr)
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class SignalTable(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ from reference.policy.embeddings import (
     open_embeddings,
     read_embeddings,
 )
+from reference.text_files import parse_json
 
 T = TypeVar("T")
 
@@ -191,7 +191,7 @@ def locate(model: ModelConfig) -> Source:
 def _has_t5(index: Path) -> bool:
     """Whether a pipeline's index names a T5 encoder."""
     try:
-        found = json.loads(index.read_text(encoding="utf-8")).get("text_encoder_3")
+        found = parse_json(index.read_bytes()).get("text_encoder_3")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"model.base: cannot read {index}: {error}") from error
     return bool(found and found[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import random
 import re
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 from reference.errors import ConfigError
 from reference.interfaces import Prompt
 from reference.prompts.geneval import check_row
-from reference.text_files import prompt_lines
+from reference.text_files import parse_json, prompt_lines
 
 T = TypeVar("T")
 FORMATS = ("text", "ocr", "geneval")
@@ -184,7 +183,7 @@ def _bare(line: str) -> str:
     """The prompt of a JSON object that has one and nothing of GenEval's; any other line as it is."""
     if line.startswith("{"):
         with contextlib.suppress(ValueError):
-            row = json.loads(line)
+            row = parse_json(line)
             if isinstance(row.get("prompt"), str) and not {"tag", "include", "exclude"} & row.keys():
                 return " ".join(row["prompt"].split())
     return line
@@ -208,7 +207,7 @@ def _ocr(line: str) -> tuple[str, dict[str, Any]]:
 
 def _geneval(line: str) -> tuple[str, dict[str, Any]]:
     """A line of a GenEval file."""
-    row = json.loads(line)  # its error is a ValueError
+    row = parse_json(line)  # its error is a ValueError
     check_row(row)
     return row["prompt"], {"geneval": row}
 

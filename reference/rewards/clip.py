@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from reference.errors import ConfigError
+from reference.tensor_files import load_tensors
 
 BATCH = 32  # images or texts a forward pass
 CLIP_L = "openai/clip-vit-large-patch14"
@@ -232,9 +232,9 @@ def load_checkpoint(reward: str, source: str, name: str) -> dict[str, Tensor]:
         except (OSError, ValueError) as error:
             raise ConfigError(_advice(reward, source, f"{name} cannot be downloaded: {error}")) from error
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{reward}: {path} is damaged, or is no file of tensors: {error}") from error
+        found = load_tensors(path, path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{reward}: {error}") from error
     return found.get("state_dict", found)  # type: ignore[no-any-return]
 
 

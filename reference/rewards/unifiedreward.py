@@ -8,11 +8,14 @@ Wang et al., "Unified Reward Model for Multimodal Understanding and Generation",
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import io
 import json
 import os
 import re
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -24,13 +27,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from reference.config.checks import NO_SECRETS, carries_secret
 from reference.errors import ConfigError, RewardError
 from reference.interfaces import Reward
+from reference.text_files import parse_json
 
 URL, KEY = "MARBLE_UNIFIEDREWARD_URL", "MARBLE_UNIFIEDREWARD_KEY"  # environment variables
 
 _AT_ONCE = 32  # requests that the server may batch
 _TIMEOUT = 120.0  # seconds for one request
+_LONGEST = 1_000_000  # bytes of an answer
 _WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between the tries
 _BEST = 5.0
 _MARK = re.compile(r"Final Score\W*?(\d+(?:\.\d+)?)")
@@ -94,6 +100,8 @@ def find_server(source: str) -> Server:
     """The server at ``URL`` or ``URL#MODEL``, which answers and has the model."""
     url, _, model = source.partition("#")
     url = url.rstrip("/")
+    if carries_secret(url):
+        raise ConfigError(f"reward unifiedreward: {NO_SECRETS}")
     if not url.startswith(("http://", "https://")):
         raise ConfigError(
             f"reward unifiedreward: expected the URL of a server of OpenAI's protocol, such as "
@@ -156,19 +164,69 @@ def _request(url: str, body: Any, read: Any = lambda answer: answer) -> Any:
 
 
 def _once(url: str, body: Any) -> Any:
-    """One try."""
+    """One try: a whole answer within ``_TIMEOUT``, however slowly it comes, and no longer than ``_LONGEST``."""
     headers = {"Content-Type": "application/json"}
     if os.environ.get(KEY):
         headers["Authorization"] = f"Bearer {os.environ[KEY]}"
     data = None if body is None else json.dumps(body).encode()
+    sockets: list[socket.socket] = []
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        for opened in sockets:
+            with contextlib.suppress(OSError):
+                opened.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(_TIMEOUT, stop)
+    timer.daemon = True
+    timer.start()
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=_TIMEOUT) as response:
-            return json.load(response)
+        with _opener(sockets).open(urllib.request.Request(url, data, headers), timeout=_TIMEOUT) as response:
+            answer = response.read(_LONGEST + 1)
+        if len(answer) > _LONGEST:
+            raise RewardError(f"{url}: expected an answer of at most {_LONGEST} bytes, got more.")
+        return parse_json(answer)
     except urllib.error.HTTPError as error:
         with error:
             said = f"HTTP {error.code}: {error.read(200).decode('utf-8', 'replace')}"
+        if 300 <= error.code < 400:
+            raise RewardError(f"{url}: {said} It leads elsewhere, which is not followed: give that URL.") from error
         if error.code < 500 and error.code not in (408, 429):
             raise RewardError(f"{url}: {said}") from error
         raise _Passing(said) from error
     except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, no time left, no JSON
+        if late.is_set():
+            raise _Passing(f"timed out: no whole answer within {_TIMEOUT:g} s") from error
         raise _Passing(f"{type(error).__name__}: {error}") from error
+    finally:
+        timer.cancel()
+
+
+def _opener(sockets: list[socket.socket]) -> urllib.request.OpenerDirector:
+    """What opens URLs, with the system's proxies, and puts its sockets into a list. A redirection is an error: the key
+    must not go elsewhere."""
+
+    class Plain(http.client.HTTPConnection):
+        def connect(self) -> None:
+            super().connect()
+            sockets.append(self.sock)
+
+    class Secure(http.client.HTTPSConnection):
+        def connect(self) -> None:
+            super().connect()
+            sockets.append(self.sock)
+
+    class PlainHandler(urllib.request.HTTPHandler):
+        def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(Plain, req)
+
+    class SecureHandler(urllib.request.HTTPSHandler):
+        def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(Secure, req)
+
+    class Stay(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *_: Any) -> None:
+            return None
+
+    return urllib.request.build_opener(PlainHandler, SecureHandler, Stay)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from reference.errors import CheckpointError
+from reference.tensor_files import load_tensors
 
 _MAGIC = b"MARBLE1\n"
 
@@ -88,7 +89,12 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {path}: {error}.") from error
     if data[: len(_MAGIC)] != _MAGIC or hashlib.sha256(data[head:]).digest() != data[len(_MAGIC) : head]:
         raise CheckpointError(f"{path} is damaged: its checksum does not match.")
-    state: dict[str, Any] = torch.load(io.BytesIO(data[head:]), weights_only=True, map_location="cpu")
+    try:
+        state = load_tensors(data[head:], path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} is no checkpoint: it holds a {type(state).__name__}.")
     return state
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
+
+from reference.text_files import parse_json
 
 # Okabe and Ito's colours, told apart by colour-blind readers and visible on both backgrounds.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -21,7 +22,7 @@ def records(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
     lines = file.read_bytes().splitlines() if file.is_file() else []
     for place, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line.decode()) if line.strip() else None
+            record = parse_json(line) if line.strip() else None
         except ValueError as error:
             if place < len(lines):
                 raise ValueError(f"{file}, line {place}: expected a JSON object, got {line[:60]!r}.") from error

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from reference.interfaces import Scores
 from reference.run.live import save_grid
+from reference.text_files import parse_json
 
 _COLUMNS = 10
 _SHOWN = 12  # tiles of a report: the first ones, whatever their scores
@@ -63,7 +64,7 @@ def save_tiles(
 def read_tiles(path: Path) -> Tiles | None:
     """The first images of a picture that ``save_tiles`` wrote; None where it or its file is missing or damaged."""
     try:
-        found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        found = parse_json(path.with_suffix(".json").read_bytes())
         tiles, columns = found["tiles"], int(found["columns"])
         prompts = [str(tile["prompt"]) for tile in tiles[:_SHOWN]]
         scores = [{str(k): float(v) for k, v in tile["scores"].items()} for tile in tiles[:_SHOWN]]

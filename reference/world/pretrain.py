@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from marble_core import ema_tree
 from reference.config.settings import PretrainConfig
+from reference.errors import ConfigError
+from reference.tensor_files import load_tensors
 from reference.world.model import PromptEncoder, encode_images, log_line, new_transformer, save_base, token_ids
 from reference.world.render import ink_mask, render
 from reference.world.scenes import KINDS, prompt_of, random_scene
@@ -142,7 +144,10 @@ def _load(
     """Load a saved state in place; the step to go on from."""
     if not path.exists():
         return 0
-    state = torch.load(path, weights_only=True)
+    try:
+        state = load_tensors(path, path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"folder: {error} Remove it to begin again.") from error
     model.load_state_dict(state["model"])
     average.update(state["average"])
     for momentum, saved in zip(momenta, state["momenta"], strict=True):
