@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -42,6 +44,22 @@ def read_text(path: Path, argument: str) -> str:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{argument}: cannot read {path}: {error}. Save it as UTF-8.") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text, whole or not at all: what was there before stays if it fails.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -18,7 +18,7 @@ from reference.config.toml import from_toml, to_toml
 from reference.errors import ConfigError, TrainingError
 from reference.experiments.comparison import finished, judged_by, write_tables
 from reference.run.inputs import prepare
-from reference.run.state import begun
+from reference.run.state import begun, essentials
 
 
 def settings_of_rules(settings: Config, rules: Sequence[str]) -> dict[str, Config]:
@@ -71,8 +71,7 @@ def _check_finished(config: Config) -> None:
     if not (finished(config) and file.exists()):
         return
     found = from_toml(file, Config())
-    same = dataclasses.replace(found, run=config.run, epochs=config.epochs, threads=config.threads, log=config.log)
-    if same != config or judged_by(found) != judged_by(config):
+    if essentials(found) != essentials(config) or judged_by(found) != judged_by(config):
         raise ConfigError(f"folder: {config.run} was made by another configuration (see its config.toml).")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import netrc
@@ -35,10 +36,10 @@ class Live:
 
     def __init__(self, run: Path, trackers: Sequence[str], epochs: int, *, main: bool = True) -> None:
         self.main = main
-        self.accelerator = _trackers(run, trackers) if trackers and main else None
-        self.file = (run / "metrics.jsonl" if main else Path(os.devnull)).open("ab", buffering=0)
+        self.file = _opened(run / "metrics.jsonl" if main else Path(os.devnull))
         if main:
             lock(self.file, run)
+        self.accelerator = _trackers(run, trackers) if trackers and main else None
         self.position = self.file.seek(0, os.SEEK_END)  # of the last whole line
         self.pending = ""
         self.full = False
@@ -143,6 +144,18 @@ class Live:
                 self.accelerator.end_training()
             except Exception as error:
                 self.say(f"warning: the trackers could not be closed: {type(error).__name__}: {error}")
+
+
+def _opened(path: Path) -> io.FileIO:
+    """A file to append to.
+
+    Raises:
+        ConfigError: there is no place for it.
+    """
+    try:
+        return path.open("ab", buffering=0)
+    except OSError as error:
+        raise ConfigError(f"run: cannot write {path}: {error}. Make room, or give another --run.") from error
 
 
 def clock(seconds: float) -> str:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from reference.run import reading
+from reference.text_files import write_whole
 
 PENS = [(color, dash) for dash in ("solid", "dashed", "dotted") for color in reading.PALETTE]
 INK, MUTED = "#010203", "#040506"  # stand for the page's own colours, which depend on light and dark
@@ -114,5 +115,5 @@ def section(title: str, needs: str, sentence: str, *parts: str) -> str:
 def write_page(path: Path, title: str, sections: Iterable[str]) -> Path:
     """Write a page that may load nothing from elsewhere."""
     html = _PAGE.substitute(title=escape(title), body="\n".join(sections))
-    path.write_text(html, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
+    write_whole(path, html)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from reference.run.watch import Health
 from reference.step.balance import Balance
 from reference.step.estimate import Tree
 from reference.step.method import Method
+from reference.text_files import write_whole
 
 LORA = "pytorch_lora_weights.safetensors"
 VERSION = 3  # of the checkpoint format
@@ -82,7 +84,7 @@ def open_run(config: Config, resume: bool) -> None:
         )
     try:
         run.mkdir(parents=True, exist_ok=True)
-        (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        write_whole(run / "config.toml", to_toml(config))
         (run / "metrics.jsonl").touch()
     except OSError as error:
         raise ConfigError(f"run: cannot write to {run}: {error}. Choose another --run.") from error
@@ -103,7 +105,7 @@ def _other_run(started: Path, config: Config) -> bool:
             f"--resume: {started} is of another version ({error}) Go on with the version that wrote it, or start "
             "another run."
         ) from error
-    return _essentials(before) != _essentials(config)
+    return essentials(before) != essentials(config)
 
 
 def begun(run: Path) -> bool:
@@ -231,11 +233,13 @@ def export_lora(policy: Policy, ema: Tree, run: Path) -> None:
         save_file(lora_layers(policy, ema), temporary, metadata={"format": "pt"})
         os.replace(temporary, run / LORA)
     except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise CheckpointError(f"cannot write {run / LORA}: {error}.") from error
 
 
-def _essentials(config: Config) -> Config:
-    """A configuration without what may differ between the parts of one run."""
+def essentials(config: Config) -> Config:
+    """A configuration without what may differ between the parts of one run, or between two that are compared."""
     return dataclasses.replace(
         config,
         run=Path(),

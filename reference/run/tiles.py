@@ -16,7 +16,7 @@ from torch import Tensor
 
 from reference.interfaces import Scores
 from reference.run.live import save_grid
-from reference.text_files import parse_json
+from reference.text_files import parse_json, write_whole
 
 _COLUMNS = 10
 _SHOWN = 12  # tiles of a report: the first ones, whatever their scores
@@ -57,7 +57,7 @@ def save_tiles(
     ]
     tiles = [{"prompt": prompt, "scores": s} for prompt, s in zip(prompts, found, strict=True)]
     text = json.dumps({"columns": _COLUMNS, "tiles": tiles}, allow_nan=False, indent=1)
-    path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    write_whole(path.with_suffix(".json"), text + "\n")
     return picture
 
 
