@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tests.core.test_contracts import CASES
+from tests.core.test_contracts import CASES, Case
 
 N = int(os.environ.get("FUZZ", "60"))
 # They run the caller's own function on what they are given: its exceptions are the caller's.
@@ -50,19 +52,112 @@ def damaged(x: Tensor, rng: random.Random) -> Tensor:
     return flat.reshape(x.shape)
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch about what it is given
-@pytest.mark.parametrize("name", sorted(set(CASES) - set(OWN)))
-def test_a_value_or_a_value_error(name: str) -> None:
+class Sub(Tensor):
+    """A subclass, as quantized, masked and distributed tensors are."""
+
+
+def plain(case: Case, args: Any) -> None:
+    case.call(*args)
+
+
+def without_gradients(case: Case, args: Any) -> None:
+    with torch.inference_mode():
+        case.call(*args)
+
+
+def of_a_subclass(case: Case, args: Any) -> None:
+    case.call(*pytree.tree_map_only(Tensor, lambda x: x.as_subclass(Sub), args))
+
+
+def with_gradients(case: Case, args: Any) -> None:
+    def tracked(x: Tensor) -> Tensor:
+        return x.clone().requires_grad_() if x.is_floating_point() else x
+
+    case.call(*pytree.tree_map_only(Tensor, tracked, args))
+
+
+def strided(case: Case, args: Any) -> None:
+    """Every tensor is a part of a larger one, with other steps in memory."""
+
+    def part(x: Tensor) -> Tensor:
+        larger = x.new_zeros([2 * size for size in x.shape])
+        places = tuple(slice(None, None, 2) for _ in x.shape)
+        larger[places] = x
+        return larger[places]
+
+    case.call(*pytree.tree_map_only(Tensor, part, args))
+
+
+def batched(case: Case, args: Any) -> None:
+    if case.batched:
+        leaves, spec = pytree.tree_flatten(args)
+        places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+
+        def run(*tensors: Tensor) -> Any:
+            for i, x in zip(places, tensors, strict=True):
+                leaves[i] = x
+            return case.call(*pytree.tree_unflatten(leaves, spec))
+
+        torch.func.vmap(run)(*(torch.stack([leaves[i]] * 2) for i in places))
+
+
+def on_meta(case: Case, args: Any) -> None:
+    if case.blind:
+        case.call(*pytree.tree_map_only(Tensor, lambda x: x.to("meta"), args))
+
+
+MODES = (plain, plain, without_gradients, of_a_subclass, with_gradients, strided, batched, on_meta)
+
+
+def cases(name: str) -> Iterator[tuple[Case, Any, random.Random]]:
+    """A public function, damaged arguments, and a source of further choices."""
     rng, case = random.Random(name), CASES[name]
-    for _ in range(N):
+    while True:
         leaves, spec = pytree.tree_flatten(case.args(torch.float64, rng.randrange(5)))
         places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
         if not places:
             return
         for i in rng.choices(places, k=rng.choice((1, 1, 2))):
             leaves[i] = damaged(leaves[i], rng)
-        args: Any = pytree.tree_unflatten(leaves, spec)
+        yield case, pytree.tree_unflatten(leaves, spec), rng
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch about what it is given
+@pytest.mark.parametrize("name", sorted(set(CASES) - set(OWN)))
+def test_a_value_or_a_value_error(name: str) -> None:
+    for case, args, rng in itertools.islice(cases(name), N):
+        mode = rng.choice(MODES)
         try:
-            case.call(*args)
+            mode(case, args)
         except ValueError:
             continue
+        except Exception as error:
+            raise AssertionError(f"{mode.__name__}: {type(error).__name__}: {error}") from error
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", sorted(set(CASES) - set(OWN)))
+def test_compiled_it_gives_the_same_values_and_errors(name: str) -> None:
+    """Compiled without kernels: the same values, and the same errors about damaged shapes and dtypes. What is wrong
+    with values alone cannot be seen there, as the docstrings say: a value comes out."""
+    torch._dynamo.reset()
+    case = CASES[name]
+    compiled = torch.compile(case.call, backend="eager")
+    args = case.args(torch.float64, 0)
+    for a, b in zip(pytree.tree_leaves(case.call(*args)), pytree.tree_leaves(compiled(*args)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    for _, damaged_ones, _ in itertools.islice(cases(name), 2 if N < 1000 else 20):
+        torch._dynamo.reset()
+        plainly, here = outcome(case.call, damaged_ones), outcome(compiled, damaged_ones)
+        assert not isinstance(here, Exception) or type(here) is type(plainly), (plainly, here)
+        about_values = isinstance(plainly, ValueError) and " finite " in str(plainly)
+        assert isinstance(plainly, Exception) == isinstance(here, Exception) or about_values, (plainly, here)
+
+
+def outcome(call: Any, args: Any) -> Any:
+    """What a call returns, or its exception."""
+    try:
+        return call(*args)
+    except Exception as error:
+        return error
