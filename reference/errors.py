@@ -30,6 +30,9 @@ class Interrupted(Exception):
     """The user asked to stop; everything is saved."""
 
 
+_LOST = ("gloo", "NCCL", "Connection reset by peer", "Connection closed by peer")  # what collectives say of it
+
+
 def with_the_way_on(error: Exception, step: int) -> Exception:
     """An error with how to go on after it; what is not the trainer's own becomes one of its errors."""
     go_on = f"The state of step {step} is saved: go on with --resume."
@@ -37,6 +40,8 @@ def with_the_way_on(error: Exception, step: int) -> Exception:
         return error
     if isinstance(error, RewardError | TrainingError):
         return type(error)(f"{error} {go_on}" if str(error).endswith(".") else f"{error}. {go_on}")
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST):
+        return TrainingError(f"another process is gone, or was silent for too long; see its output. {go_on}")
     return TrainingError(f"training stopped by {type(error).__name__}: {error}. {go_on}")
 
 

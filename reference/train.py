@@ -13,8 +13,10 @@ from reference.config.checks import validate
 from reference.config.settings import Config
 from reference.errors import Interrupted, TrainingError, with_the_way_on
 from reference.policy.adapters import follow_old, parameters
+from reference.processes.alive import stop_on_interrupt, together
 from reference.processes.devices import tf32
-from reference.processes.peers import Peers, any_of, check_equal, connect, stop_on_interrupt, together
+from reference.processes.peers import Peers, connect
+from reference.processes.sums import any_of, check_equal
 from reference.prompts.pool import images_of_epoch, learns_spread, prompt_numbers
 from reference.run import checkpoint
 from reference.run.held_out import evaluate_held_out, evaluation_due

@@ -11,8 +11,9 @@ from reference.config.settings import Config, is_world
 from reference.policy.adapters import Policy, add_lora, compile_blocks
 from reference.policy.base import Base, load_base
 from reference.policy.sharding import shard_base
+from reference.processes.alive import first_on_machine
 from reference.processes.devices import device_of
-from reference.processes.peers import ALONE, Peers, first_on_machine
+from reference.processes.peers import ALONE, Peers
 
 
 def load_model(config: Config, prompts: Sequence[str], peers: Peers = ALONE) -> tuple[Base, Policy]:

@@ -15,7 +15,8 @@ from reference.errors import ConfigError
 from reference.policy.adapters import Policy, adapter_state, parameters
 from reference.policy.base import Base
 from reference.policy.load import load_model
-from reference.processes.peers import Peers, first_on_machine, meet, require_enough
+from reference.processes.alive import first_on_machine, meet
+from reference.processes.peers import Peers, require_enough
 from reference.prompts.pool import all_prompts
 from reference.rewards.scorer import try_rewards
 from reference.run import checkpoint

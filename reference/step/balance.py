@@ -13,7 +13,7 @@ from marble_core import combine_rows
 from marble_core.rules import Evidence
 from reference.config.settings import LossConfig
 from reference.policy.adapters import Policy
-from reference.processes.peers import all_reduce
+from reference.processes.sums import all_reduce
 from reference.step.estimate import Estimate, Tree, init_estimate, observe
 from reference.step.gradients import Asked, Rows, Whole, all_rows, one_gradient
 from reference.step.halves import Joined, halves, joined

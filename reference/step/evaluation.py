@@ -11,7 +11,8 @@ from torch import Tensor
 from reference.interfaces import Prompt, Scores
 from reference.policy.adapters import Policy, weights_of
 from reference.policy.base import Base
-from reference.processes.peers import Peers, gather_rows, share_of
+from reference.processes.peers import Peers, share_of
+from reference.processes.sums import gather_rows
 from reference.rewards.scorer import Scorer, score_images
 from reference.step.chance import generator, noise_of
 from reference.step.rollout import Sampling, gather_scores, generate_batches

@@ -11,7 +11,9 @@ from torch import Tensor
 from marble_core import affine_terms, branch_losses, interpolation, shared_cotangent_rows
 from reference.config.settings import LossConfig, pulls
 from reference.policy.adapters import Policy, active, merged, parameters, velocity
-from reference.processes.peers import ALONE, Peers, all_reduce, begin_pass
+from reference.processes.alive import begin_pass
+from reference.processes.peers import ALONE, Peers
+from reference.processes.sums import all_reduce
 from reference.step.estimate import Tree
 
 # From advantages [B, K] and those of the weighted sum [B] to the weight of each row's reward part [B].

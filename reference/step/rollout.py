@@ -15,7 +15,9 @@ from reference.config.settings import RolloutConfig
 from reference.interfaces import Prompt, Scores
 from reference.policy.adapters import Adapter, Policy, merged, velocity
 from reference.policy.base import Base
-from reference.processes.peers import ALONE, Peers, begin_pass, gather_rows, share_of
+from reference.processes.alive import begin_pass
+from reference.processes.peers import ALONE, Peers, share_of
+from reference.processes.sums import gather_rows
 from reference.rewards.scorer import Scorer, score_images
 from reference.step.chance import noise_of
 

@@ -32,18 +32,10 @@ from reference.policy.adapters import Policy
 from reference.policy.base import Base
 from reference.policy.load import load_model
 from reference.policy.sharding import can_shard, shard_base
-from reference.processes import peers as distributed
-from reference.processes.peers import (
-    ALONE,
-    Peers,
-    check_equal,
-    check_peers,
-    connect,
-    gather_rows,
-    meet,
-    share_of,
-    together,
-)
+from reference.processes import alive, sums
+from reference.processes.alive import check_peers, meet, together
+from reference.processes.peers import ALONE, Peers, connect, require_enough, share_of
+from reference.processes.sums import check_equal, gather_rows
 from reference.run import checkpoint, opening
 from reference.step import balance
 from reference.step.batch import images_of_steps
@@ -342,9 +334,9 @@ def test_nobody_goes_on_before_all_are_there_and_nobody_leaves_before_all_are_do
 
 
 def test_a_process_that_was_killed_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_BEAT", 0.02)
-    monkeypatch.setattr(distributed, "_SILENCE", 1.0)
-    monkeypatch.setattr(distributed, "_PATIENCE", 0.1)
+    monkeypatch.setattr(alive, "_BEAT", 0.02)
+    monkeypatch.setattr(alive, "_SILENCE", 1.0)
+    monkeypatch.setattr(alive, "_PATIENCE", 0.1)
     store = HashStore()
     peers = Peers(0, 2, 0, torch.device("cpu"), store)
     with pytest.raises(PeerError, match=r"nothing was heard of processes \[1\]"), together(peers):
@@ -354,7 +346,7 @@ def test_a_process_that_was_killed_is_missed(monkeypatch: pytest.MonkeyPatch) ->
 def test_alone_everything_is_what_it_is() -> None:
     x = torch.randn(3, 2)
     assert gather_rows(x, range(3), 3, ALONE) is x
-    assert distributed.all_reduce({"a": [x]}, ALONE)["a"][0] is x
+    assert sums.all_reduce({"a": [x]}, ALONE)["a"][0] is x
     assert torch.equal(first_images(torch.arange(6.0), 3, 2, 2, ALONE), torch.tensor([0.0, 2.0]))
     check_equal({"x": x}, ALONE)
     meet(ALONE)
@@ -362,7 +354,7 @@ def test_alone_everything_is_what_it_is() -> None:
 
 
 def test_a_difference_names_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "gather_rows", lambda x, own, total, peers: torch.cat([x, x, x + 1]))
+    monkeypatch.setattr(sums, "gather_rows", lambda x, own, total, peers: torch.cat([x, x, x + 1]))
     with pytest.raises(TrainingError, match=r"coefficients must be the same on all .* process 0's on \[2\]"):
         check_equal({"coefficients": torch.ones(2)}, Peers(0, 3))
 
@@ -408,7 +400,7 @@ def test_what_cannot_be_connected_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_every_process_needs_an_image() -> None:
     with pytest.raises(ConfigError, match="at least as many images of an epoch as processes, got 8 for 9"):
-        distributed.require_enough({"images of an epoch": 8}, Peers(0, 9))
+        require_enough({"images of an epoch": 8}, Peers(0, 9))
 
 
 if __name__ == "__main__":
