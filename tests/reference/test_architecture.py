@@ -15,7 +15,7 @@ MODULES = sorted(path for path in ROOT.rglob("*.py") if path.stem != "__init__")
 # Folders and files of the trainer's own level, a line each floor: each imports from those above it alone.
 FLOORS = (
     ("errors", "splits", "quiet"),
-    ("text_files", "processes"),
+    ("text_files", "tensor_files", "processes"),
     ("config",),
     ("interfaces",),
     ("world",),
