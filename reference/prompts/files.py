@@ -78,6 +78,7 @@ def read_source(spec: str | Path) -> list[Prompt]:
     for number, line in numbered:
         try:
             text, metadata = _READERS[format](line)
+            text.encode()  # half of a surrogate pair, as JSON can write it, is no text
             prompts.append(Prompt(text, metadata, rewards))
         except ValueError as error:
             faults.append(f"  line {number}: {error}")

@@ -52,6 +52,13 @@ def test_odd_prompt_files_are_read_or_refused(tmp_path: Path, name: str, form: s
     assert str(path) in message
 
 
+def test_half_of_a_surrogate_pair_is_no_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a cat"}\n{"prompt": "a \\ud83d"}\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"line 2: .*surrogates not allowed"):
+        read_mixture([f"text:{path}"])
+
+
 @pytest.mark.parametrize("text", [f"epochs = {DIGITS}", f"rewards = {DEEP}", f"x = {'{a=' * 5000}", "[" * 5000])
 def test_odd_configurations_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "odd.toml"

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from reference.config.presets import preset
-from reference.config.settings import Config, ScoringConfig
+from reference.config.settings import Config, LogConfig, ScoringConfig
 from reference.errors import ConfigError, RewardError
 from reference.interfaces import plain_prompts, score
 from reference.rewards.scorer import scorer_of
 from reference.run.lock import lock
+from reference.run.reading import records
 from reference.run.state import newest
 from reference.train import train
 
@@ -104,6 +105,57 @@ def test_a_run_folder_may_move_between_two_parts(tmp_path: Path) -> None:
     (tmp_path / "here").rename(tmp_path / "there")
     train(config(tmp_path / "there", epochs=2), resume=True)
     assert contents(tmp_path / "there")[0] == contents(tmp_path / "calm")[0]
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wall clock jumps by days at every look, mostly back: neither files nor resumption nor times depend on it."""
+    train(config(tmp_path / "calm", epochs=2))
+    now, rng = [2e9], random.Random(0)
+
+    def jumping() -> float:
+        now[0] += rng.uniform(-3e5, 1e5)
+        return now[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", jumping)
+        patch.setattr(time, "time_ns", lambda: int(1e9 * jumping()))
+        train(config(tmp_path / "run", epochs=1))
+        train(config(tmp_path / "run", epochs=2), resume=True)
+    assert contents(tmp_path / "run")[0] == contents(tmp_path / "calm")[0]
+    kinds = [[r["kind"] for r in contents(tmp_path / name)[1]] for name in ("run", "calm")]
+    assert kinds[0] == kinds[1]
+    times = [x for r in records(tmp_path / "run", "epoch") for x in r["seconds"].values()]
+    assert min(times) >= 0
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        train(config(tmp_path / name, epochs=1))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    for picture in ("before.png", "after.json"):
+        one, two = ((tmp_path / name / "grids" / picture).read_bytes() for name in ("one", "two"))
+        assert one == two
+
+
+seen: list[tuple[int, int, int]] = []  # largest memory in kB, open files, threads
+
+
+def counted(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
+    resources = pytest.importorskip("resource")
+    memory = resources.getrusage(resources.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
+    files = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else 0
+    seen.append((memory, files, threading.active_count()))
+    return images.mean((1, 2, 3))
+
+
+def test_memory_files_and_threads_stay_flat(tmp_path: Path) -> None:
+    """Over twenty epochs, after the first ten. ``docs/reliability.md`` has figures of hours."""
+    seen.clear()
+    log = LogConfig(watch=(), eval_every=2, eval_prompts=3, eval_images=2, eval_steps=2, save_every=1, trackers=())
+    train(dataclasses.replace(config(tmp_path / "run", epochs=20, rewards=(f"{__name__}:counted", "jpeg")), log=log))
+    first, last = seen[len(seen) // 2], seen[-1]
+    assert last[0] - first[0] < 20_000  # the largest can only grow
+    assert last[1:] == first[1:]
 
 
 released = threading.Event()

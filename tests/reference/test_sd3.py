@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from reference.config.presets import preset
 from reference.config.settings import Config, ModelConfig
 from reference.errors import ConfigError
 from reference.interfaces import Scores, plain_prompts
-from reference.policy import sd3
+from reference.policy import embeddings, sd3
 from reference.policy.adapters import (
     Adapter,
     Policy,
@@ -479,6 +481,38 @@ def test_the_plan_says_that_a_model_does_not_fit(
     monkeypatch.setattr(plan_module, "_measure", full)
     assert main(["train", *flags, "--model.base", str(tiny_sd3), "--dry-run"]) == 0
     assert "do not fit here; lower optim.micro_batch" in capsys.readouterr().out
+
+
+def test_several_runs_fill_one_cache_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each finds its own prompts, whole, whoever wrote a file last."""
+    monkeypatch.setattr(embeddings, "_SHARD", 4)
+    monkeypatch.setattr(embeddings, "_TOGETHER", 2)
+    faults: list[BaseException] = []
+
+    def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        time.sleep(0.001)
+        numbers = torch.tensor([float(text.split()[-1]) for text in texts])
+        return numbers[:, None, None].expand(-1, 2, 3), numbers[:, None]
+
+    def fill(prompts: list[str]) -> None:
+        try:
+            for _ in range(3):
+                found = embeddings.open_embeddings(tmp_path)
+                found = embeddings.add_prompts(found, embeddings.missing_prompts(found, prompts), encode)
+                embeds, pooled = embeddings.read_embeddings(found, prompts, CPU)
+                assert [f"a cat of {x:.0f}" for x in pooled.flatten().tolist()] == prompts
+                assert embeds.shape == (30, 2, 3)
+        except BaseException as error:
+            faults.append(error)
+
+    runs = [[f"a cat of {i}" for i in range(start, start + 30)] for start in (0, 20, 0, 10)]
+    threads = [threading.Thread(target=fill, args=(prompts,)) for prompts in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_prompts_can_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
