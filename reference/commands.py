@@ -21,6 +21,7 @@ from reference.config.flags import (
     MakePrompts,
     Pretrain,
     Report,
+    Runs,
     Settle,
     Similarity,
     Stress,
@@ -86,41 +87,42 @@ def compare_command(a: Compare) -> None:
     """Run ``compare``."""
     from reference.experiments.compare import Screening, compare, plan_runs, screened, settings_of_rules
 
-    settings, folder = _settings(a, a.eval_every), a.folder or Path("runs/compare") / a.preset
-    plans: Mapping[str, Sequence[Config]] = plan_runs(settings_of_rules(settings, a.rules), a.seeds, folder)
+    settings, folder = _shared(a.runs, "compare", a.eval_every)
+    plans: Mapping[str, Sequence[Config]] = plan_runs(settings_of_rules(settings, a.rules), a.runs.seeds, folder)
     if a.finalists:
         screening = Screening(a.screening_seeds, a.screening_epochs, a.finalists)
-        plans = screened(plans, folder, screening, jobs=a.jobs, tables_only=a.tables_only)
-    print(compare(plans, folder, jobs=a.jobs, tables_only=a.tables_only))
+        plans = screened(plans, folder, screening, jobs=a.runs.jobs, tables_only=a.tables_only)
+    print(compare(plans, folder, jobs=a.runs.jobs, tables_only=a.tables_only))
 
 
-def _settings(a: Compare | Ablate | Dilute, eval_every: int) -> Config:
-    """The settings that all runs of a comparison share."""
-    world = preset(a.preset)
+def _shared(runs: Runs, command: str, eval_every: int) -> tuple[Config, Path]:
+    """The settings that all runs of a comparison have, and its folder."""
+    world = preset(runs.preset)
     settings = dataclasses.replace(
         world,
-        epochs=a.epochs,
-        threads=a.threads,
-        rollout=dataclasses.replace(world.rollout, prompts_per_epoch=a.prompts_per_epoch),
-        log=dataclasses.replace(world.log, eval_prompts=a.eval_prompts, eval_every=eval_every),
+        epochs=runs.epochs,
+        threads=runs.threads,
+        rollout=dataclasses.replace(world.rollout, prompts_per_epoch=runs.prompts_per_epoch),
+        log=dataclasses.replace(world.log, eval_prompts=runs.eval_prompts, eval_every=eval_every),
     )
-    return settings if a.config is None else from_toml(a.config, settings)
+    folder = runs.folder or Path("runs") / command / runs.preset
+    return (settings if runs.config is None else from_toml(runs.config, settings)), folder
 
 
 def ablate_command(a: Ablate) -> None:
     """Run ``ablate``."""
     from reference.experiments.ablate import ablate
 
-    folder = a.folder or Path("runs/ablate") / a.preset
-    print(ablate(_settings(a, 0), a.variants, a.seeds, folder, jobs=a.jobs, tables_only=a.tables_only))
+    settings, folder = _shared(a.runs, "ablate", 0)
+    print(ablate(settings, a.variants, a.runs.seeds, folder, jobs=a.runs.jobs, tables_only=a.tables_only))
 
 
 def dilute_command(a: Dilute) -> None:
     """Run ``dilute``."""
     from reference.experiments.dilute import dilute
 
-    folder = a.folder or Path("runs/dilute") / a.preset
-    print(dilute(_settings(a, 0), a.rules, a.shares, a.seeds, folder, jobs=a.jobs))
+    settings, folder = _shared(a.runs, "dilute", 0)
+    print(dilute(settings, a.rules, a.shares, a.runs.seeds, folder, jobs=a.runs.jobs))
 
 
 def diagnose_command(a: Diagnose) -> None:

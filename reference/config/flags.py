@@ -64,38 +64,45 @@ class Controls:
 
 
 @dataclass(frozen=True)
-class Compare:
-    """Train several rules with several seeds and the same random numbers, and compare them on held-out prompts."""
+class Runs:
+    """What the runs of a comparison share, and how they are made."""
 
-    preset: Literal["world", "world-conflict"] = "world"
+    preset: Literal["world", "world-conflict"] = "world-conflict"
     """The preset whose rewards and settings all runs have."""
-    rules: tuple[str, ...] = ("soft-min", "marble", "marble-paper", "weighted-sum", "uniform")
-    """Names as of --balance, or label=file.toml with any values of a configuration; the first is compared to all."""
-    seeds: int = 5
+    seeds: int = 2
     """Runs of each rule."""
-    epochs: int = 60
+    epochs: int = 20
     """Epochs of each run."""
     prompts_per_epoch: int = 12
     """Prompts of an epoch."""
     eval_prompts: int = 120
     """Held-out prompts."""
-    eval_every: int = 20
-    """Epochs between evaluations."""
     config: Path | None = None
     """TOML file with further values of all runs, over the preset."""
     folder: Path | None = None
-    """Where the runs and the tables go, by default runs/compare/ and the preset's name; finished runs are not repeated,
-    and one that was stopped goes on."""
+    """Where runs, tables and figures go, by default runs/, the command's and the preset's name; finished runs are not
+    repeated, and one that was stopped goes on."""
+    jobs: int = 1
+    """Runs side by side, each in a process of its own."""
+    threads: int = 0
+    """CPU threads of each run; 0 leaves torch's choice."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train several rules with several seeds and the same random numbers, and compare them on held-out prompts."""
+
+    runs: Annotated[Runs, tyro.conf.arg(name="")] = Runs("world", seeds=5, epochs=60)
+    rules: tuple[str, ...] = ("soft-min", "marble", "marble-paper", "weighted-sum", "uniform")
+    """Names as of --balance, or label=file.toml with any values of a configuration; the first is compared to all."""
+    eval_every: int = 20
+    """Epochs between evaluations."""
     finalists: int = 0
     """Rules that are trained to the end, chosen by a screening of all of them; 0 for all, without a screening."""
     screening_seeds: int = 2
     """Runs of each rule in the screening."""
     screening_epochs: int = 40
     """Epochs of each of them."""
-    jobs: int = 1
-    """Runs side by side, each in a process of its own."""
-    threads: int = 0
-    """CPU threads of each run; 0 leaves torch's choice."""
     tables_only: bool = False
     """Train nothing: tables of the runs that are there."""
 
@@ -104,28 +111,10 @@ class Compare:
 class Ablate:
     """What each part of MARBLE does: runs that differ from ``marble`` in one thing, compared on held-out prompts."""
 
-    preset: Literal["world", "world-conflict"] = "world-conflict"
-    """The preset whose rewards and settings all runs have."""
+    runs: Annotated[Runs, tyro.conf.arg(name="")] = Runs()
     variants: tuple[str, ...] = ()
     """Which of them, the first is compared to all; without any, all: solves every 1, 5, 10, 20 steps with the direction
     kept or as in the paper, without normalization, smoothing, guard, and with better evidence."""
-    seeds: int = 2
-    """Runs of each variant."""
-    epochs: int = 20
-    """Epochs of each run."""
-    prompts_per_epoch: int = 12
-    """Prompts of an epoch."""
-    eval_prompts: int = 120
-    """Held-out prompts."""
-    config: Path | None = None
-    """TOML file with further values of all runs, over the preset."""
-    folder: Path | None = None
-    """Where the runs and the tables go, by default runs/ablate/ and the preset's name; finished runs are not repeated,
-    and one that was stopped goes on."""
-    jobs: int = 1
-    """Runs side by side, each in a process of its own."""
-    threads: int = 0
-    """CPU threads of each run; 0 leaves torch's choice."""
     tables_only: bool = False
     """Train nothing: tables of the runs that are there."""
 
@@ -134,29 +123,11 @@ class Ablate:
 class Dilute:
     """A specialist reward: fewer and fewer prompts have a text, and what each rule makes of it."""
 
-    preset: Literal["world", "world-conflict"] = "world-conflict"
-    """The preset whose rewards and settings all runs have."""
+    runs: Annotated[Runs, tyro.conf.arg(name="")] = Runs()
     rules: tuple[str, ...] = ("soft-min", "uniform", "weighted-sum")
     """Names as of --balance, or label=file.toml with any values of a configuration."""
     shares: tuple[int, ...] = (2, 4, 8, 16)
     """One prompt in so many has a text."""
-    seeds: int = 2
-    """Runs of each rule and share."""
-    epochs: int = 20
-    """Epochs of each run."""
-    prompts_per_epoch: int = 12
-    """Prompts of an epoch."""
-    eval_prompts: int = 120
-    """Held-out prompts, of which two in five have a text."""
-    config: Path | None = None
-    """TOML file with further values of all runs, over the preset."""
-    folder: Path | None = None
-    """Where the runs, the table and the figure go, by default runs/dilute/ and the preset's name; finished runs are not
-    repeated, and one that was stopped goes on."""
-    jobs: int = 1
-    """Runs side by side, each in a process of its own."""
-    threads: int = 0
-    """CPU threads of each run; 0 leaves torch's choice."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import reference
 from reference import __main__ as command_line
 from reference.__main__ import COMMANDS, main, train_flags
 from reference.config.flags import Stress
@@ -218,3 +219,19 @@ def test_a_report_about_several_runs_leaves_out_what_is_none(
     assert "objects (b)" in page
     assert main(["report", *runs, "--out", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == page
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_enough_is_no_fault() -> None:
+    """As in ``python -m reference stress | head -1``."""
+    command = [sys.executable, "-u", "-m", "reference", "stress"]
+    process = subprocess.Popen(
+        command, cwd=Path(reference.__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 1
+    assert "Traceback" not in said
