@@ -226,7 +226,11 @@ def test_a_reader_that_has_enough_is_no_fault() -> None:
     """As in ``python -m reference stress | head -1``."""
     command = [sys.executable, "-u", "-m", "reference", "stress"]
     process = subprocess.Popen(
-        command, cwd=Path(reference.__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=Path(reference.__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stderr is not None
