@@ -41,6 +41,7 @@ border-bottom:1px solid var(--line)}.tiles{grid-column:1/-1;display:grid;gap:1.5
 grid-template-columns:repeat(auto-fill,minmax(min(18rem,100%),1fr))}.tile div{display:flex;flex-wrap:wrap;gap:.5rem}
 .tile span{min-width:0}.tile div>span{flex:1 1 6rem;max-width:16rem}.tile img{image-rendering:pixelated}
 .tile small{color:var(--muted)}figcaption{overflow-wrap:anywhere}summary{cursor:pointer}
+.matrix td{padding:.3rem .9rem;text-align:right}
 i{display:inline-block;width:1.6rem;margin:0 .4rem 0 .8rem;vertical-align:middle}
 </style></head><body><h1>$title</h1>
 $body</body></html>
@@ -103,6 +104,24 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows[1:])
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>' if body else ""
+
+
+def matrix_table(names: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
+    """Numbers in [-1, 1] by name and name, the stronger the colour the farther from 0; a dash for NaN."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("", *names))
+    lines = []
+    for name, line in zip(names, matrix, strict=True):
+        cells = "".join(_tinted(x) for x in line)
+        lines.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
+    return f'<div class="wide"><table class="matrix"><tr>{head}</tr>{"".join(lines)}</table></div>'
+
+
+def _tinted(x: float) -> str:
+    """A cell with its number on its colour."""
+    if math.isnan(x):
+        return "<td>-</td>"
+    color, share = reading.PALETTE[0 if x > 0 else 1], round(60 * min(abs(x), 1.0))
+    return f'<td style="background:color-mix(in srgb,{color} {share}%,transparent)">{x:+.2f}</td>'
 
 
 def section(title: str, needs: str, sentence: str, *parts: str) -> str:

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 from reference.errors import ConfigError, TrainingError
 from reference.run import reading
 from reference.run.intervals import Interval, change, interval, verdict, wilson
-from reference.run.page import INK, MUTED, PENS, Curve, finite, plot, section, table, write_page
+from reference.run.page import INK, MUTED, PENS, Curve, finite, matrix_table, plot, section, table, write_page
 from reference.run.tiles import tile_cards
 from reference.run.watch import LONGER
 
 _EVAL, _TRAINING, _APPLIED = ("eval", "rewards"), ("epoch", "rewards"), ("step", "coefficients")
 _WEIGHTS, _NORMS, _SECONDS = ("refresh", "weights"), ("refresh", "norms"), ("epoch", "seconds")
+_NEXT = ("refresh", "next_cosines")
 _GAINS, _SHARES = ("epoch", "gains"), ("refresh", "signal_share")
 _RECENT = 10  # refreshes behind the conflict matrix
 _Estimate = tuple[float, float, float]  # mean, and the bounds of its 95 % interval
@@ -85,6 +86,7 @@ def _about_one(loaded: _Run) -> Path:
     lengths = "Length of each reward's gradient at each refresh, on a log axis; a gap is a reward without a gradient."
     progress = "How far each reward has come on training prompts, in standard deviations, as the soft minimum sees it."
     signal = "Signal's share of each squared gradient norm, averaged over refreshes; noise alone is on both sides of 0."
+    each = "Cosine of the direction with each reward's gradient on data that it had not seen."
     gains = plot("Gains so far", progress, loaded.curves(_GAINS, pens), wide=True)
     shares = plot("Signal shares", signal, loaded.curves(_SHARES, pens), wide=True)
     in_units = plot("Weights", weights, loaded.curves(_WEIGHTS, pens), wide=True)
@@ -95,7 +97,7 @@ def _about_one(loaded: _Run) -> Path:
         *(_answer(runs), _summary(runs), _rewards(runs), _held_out(runs, pens, by_run=False), _images(runs)),
         _conflict_matrix(loaded),
         section("Coefficients", "coefficients", "", in_units, applied, gains),
-        _cosines(runs),
+        _cosines(runs, plot("Each reward on the next batch", each, loaded.curves(_NEXT, pens), wide=True)),
         section("Gradient norms", "gradient norms", "", norms, shares),
         *(_health(loaded), _warnings(loaded)),
         section("Configuration", "config.toml", "", config if loaded.config else ""),
@@ -248,13 +250,11 @@ def _conflict_matrix(run: _Run) -> str:
     names, matrix = run.conflicts()
     if not names:
         return ""
-    cells = [[f"{x:+.2f}" if not math.isnan(x) else "-" for x in line] for line in matrix]
-    rows = [["", *names], *([name, *line] for name, line in zip(names, cells, strict=True))]
     sentence = (
         "Cosines of the rewards' signals with each other, free of noise bias, at the last refreshes: below 0, what "
         "raises one lowers the other. A dash: a signal that cannot be told from noise."
     )
-    return section("Conflicts between rewards", "conflicts", sentence, table(rows))
+    return section("Conflicts between rewards", "conflicts", sentence, matrix_table(names, matrix))
 
 
 def _held_out(runs: Mapping[str, _Run], pens: Mapping[str, tuple[str, str]], *, by_run: bool) -> str:
@@ -292,7 +292,7 @@ def _images(runs: Mapping[str, _Run]) -> str:
     return section("Images", "images in grids/", sentence, *filter(None, parts))
 
 
-def _cosines(runs: Mapping[str, _Run]) -> str:
+def _cosines(runs: Mapping[str, _Run], *more: str) -> str:
     """Cosines of the direction with the gradients of its own batch and of the next one, and conflicts."""
     columns = ("n refreshes", "median minimum cosine", "conflicts", "conflict rate", "pure noise gives")
     keys = ("step", "next_min_cosine", "min_cosine", "mean_cosine", "null")
@@ -315,7 +315,7 @@ def _cosines(runs: Mapping[str, _Run]) -> str:
         "1/sqrt(K), and balancing hides conflicts. The next batch is data it had not seen, where noise gives about 0, "
         "of either sign. Rates have Wilson's 95 % interval, which takes refreshes as independent."
     )
-    return section("Gradient cosines", "gradient cosines", sentence, *figures, table(rows))
+    return section("Gradient cosines", "gradient cosines", sentence, *figures, *more, table(rows))
 
 
 def _conflicts(cosines: list[float]) -> list[str]:

@@ -357,6 +357,7 @@ def test_the_first_lines_answer_what_rose_what_fell_and_what_conflicts(page: Pag
     assert ": not told apart: text; strongest conflict: text and objects, cosine -0.60." in found.inside("p")
     assert ["objects", "+1.00", "-0.60"] in found.rows
     assert ["text", "-0.60", "-"] in found.rows
+    assert "color-mix(in srgb,#d55e00 36%,transparent)" in found.html  # as strong as the conflict
 
 
 def test_evaluations_with_other_settings_are_not_put_side_by_side(tmp_path: Path) -> None:
