@@ -67,10 +67,9 @@ def preset(name: Preset) -> Config:
         return dataclasses.replace(
             preset("world-conflict"),
             run=Path("runs/demo"),
-            epochs=14,
-            rollout=RolloutConfig(pool=30, prompts_per_epoch=6),
-            optim=OptimConfig(lr=1e-3),
-            log=LogConfig(eval_every=0, eval_prompts=120, eval_images=2, save_every=0, watch=(), measure_every=10),
+            epochs=20,
+            rollout=RolloutConfig(pool=24, prompts_per_epoch=6),
+            log=LogConfig(eval_every=0, eval_prompts=120, save_every=0, watch=(), measure_every=10),
         )
     rollout = RolloutConfig(pool=4, prompts_per_epoch=2, images_per_prompt=4, steps=3, batch=8)
     loss = LossConfig(timesteps_per_image=2)

@@ -17,16 +17,18 @@ from reference.run.intervals import Interval, interval, verdict
 from reference.run.reading import number, records
 from reference.run.report import write_comparison
 
-RULES = ("weighted-sum", "noise-aware", "soft-min")
+RULES = ("weighted-sum", "soft-min", "marble")
 
 
 def demo(settings: Config) -> str:
-    """Run the rules afresh in ``settings.run``, two at a time; returns the findings and the path of the report.
+    """Run the rules afresh in ``settings.run``, as many at a time as there are cores; returns the findings and the path
+    of the report.
 
     Raises:
         TrainingError: a run failed.
     """
-    images, jobs = settings.rollout.prompts_per_epoch * settings.rollout.images_per_prompt, min(2, os.cpu_count() or 1)
+    images, cores = settings.rollout.prompts_per_epoch * settings.rollout.images_per_prompt, os.cpu_count() or 1
+    jobs = min(len(RULES), cores)
     print(
         f"{len(RULES)} runs of {settings.epochs} epochs of {images} images each, from the same base model and seed: "
         f"{', '.join(RULES)}.\nTheir rewards pull against each other. Held-out prompts are scored before and after, "
@@ -35,8 +37,13 @@ def demo(settings: Config) -> str:
         flush=True,
     )
     began, log = time.monotonic(), dataclasses.replace(settings.log, trackers=())
-    same = dataclasses.replace(settings, threads=1, log=log)
-    runs = {rule: dataclasses.replace(same, run=settings.run / rule, balance=rule) for rule in RULES}
+    alone = len(RULES) - 1 if len(RULES) % jobs == 1 else len(RULES)  # the last one, which then has all cores
+    runs = {
+        rule: dataclasses.replace(
+            settings, run=settings.run / rule, balance=rule, threads=1 if i < alone else jobs, log=log
+        )
+        for i, rule in enumerate(RULES)
+    }
     for config in runs.values():
         shutil.rmtree(config.run, ignore_errors=True)
         config.run.with_suffix(".log").unlink(missing_ok=True)

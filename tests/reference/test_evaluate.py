@@ -110,7 +110,9 @@ def test_the_demo_trains_all_rules_from_the_same_start(tmp_path: Path, capsys: p
     for word in (*RULES, "colour", "jpeg", "One seed"):
         assert word in text
     start = [records(tmp_path / "demo" / rule, "eval")[0]["rewards"] for rule in RULES]
-    assert start[0] == start[1] == start[2]
+    means = [[found[name]["mean"] for name in ("colour", "jpeg")] for found in start]
+    assert means[0] == pytest.approx(means[1], abs=1e-3)  # one may have more threads, which round otherwise
+    assert means[0] == pytest.approx(means[2], abs=1e-3)
     assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
 
 
