@@ -17,7 +17,11 @@ from reference.run.intervals import Interval, interval, verdict
 from reference.run.reading import number, records
 from reference.run.report import write_comparison
 
-RULES = ("weighted-sum", "soft-min", "marble")
+RULES = {
+    "weighted-sum": "the rewards are added up",
+    "soft-min": "the default: each reward's weight follows what it has gained so far",
+    "marble": "the paper's solve on the gradients of every tenth step, here 216 rows of mostly noise",
+}
 
 
 def demo(settings: Config) -> str:
@@ -30,10 +34,11 @@ def demo(settings: Config) -> str:
     images, cores = settings.rollout.prompts_per_epoch * settings.rollout.images_per_prompt, os.cpu_count() or 1
     jobs = min(len(RULES), cores)
     print(
-        f"{len(RULES)} runs of {settings.epochs} epochs of {images} images each, from the same base model and seed: "
-        f"{', '.join(RULES)}.\nTheir rewards pull against each other. Held-out prompts are scored before and after, "
-        "with "
-        f"the same noise.\nIt takes a few minutes; {settings.run}/RULE.log has what each run says.\n",
+        f"{len(RULES)} runs of {settings.epochs} epochs of {images} images each, from the same base model and seed:\n",
+        *(f"  {rule:14}{what}\n" for rule, what in RULES.items()),
+        "Their rewards pull against each other. Held-out prompts are scored before and after, with the same noise.\n",
+        f"It takes a few minutes; {settings.run}/RULE.log has what each run says.\n",
+        sep="",
         flush=True,
     )
     began, log = time.monotonic(), dataclasses.replace(settings.log, trackers=())
