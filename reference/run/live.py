@@ -39,7 +39,11 @@ class Live:
         self.file = _opened(run / "metrics.jsonl" if main else Path(os.devnull))
         if main:
             lock(self.file, run)
-        self.accelerator = _trackers(run, trackers) if trackers and main else None
+        try:
+            self.accelerator = _trackers(run, trackers) if trackers and main else None
+        except ConfigError:
+            self.file.close()
+            raise
         self.position = self.file.seek(0, os.SEEK_END)  # of the last whole line
         self.pending = ""
         self.full = False
