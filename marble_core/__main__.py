@@ -58,14 +58,18 @@ def read(path: Path) -> Any:
         ValueError: it cannot be read.
     """
     try:
-        if path.suffix == ".safetensors":
-            return read_safetensors(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_safetensors(path) if path.suffix == ".safetensors" else _read_saved(path)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error}.") from error
+
+
+def _read_saved(path: Path) -> Any:
+    """What ``torch.save`` wrote, read without running code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as error:  # a damaged archive makes torch raise almost anything
-        if path.suffix == ".safetensors":
-            raise
         raise ValueError(
             f"{path}: expected tensors that torch.load(weights_only=True) reads; it is damaged, or holds other things "
             f"({type(error).__name__})."

@@ -92,7 +92,7 @@ def compare_command(a: Compare) -> None:
     if a.finalists:
         screening = Screening(a.screening_seeds, a.screening_epochs, a.finalists)
         plans = screened(plans, folder, screening, jobs=a.runs.jobs, tables_only=a.tables_only)
-    print(compare(plans, folder, jobs=a.runs.jobs, tables_only=a.tables_only))
+    print(compare(plans, folder, jobs=a.runs.jobs, tables_only=a.tables_only).text)
 
 
 def _shared(runs: Runs, command: str, eval_every: int) -> tuple[Config, Path]:

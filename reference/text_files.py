@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +47,27 @@ def read_text(path: Path, argument: str) -> str:
         raise ConfigError(f"{argument}: cannot read {path}: {error}. Save it as UTF-8.") from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text, whole or not at all: what was there before stays if it fails.
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that is to be there whole or not at all: what was there before stays if it fails."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all.
 
     Raises:
         OSError: it could not be written.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="xmlcharrefreplace", newline="\n")
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    with whole(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -7,7 +7,6 @@ candidate can be run at commit 53f21ea.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 from reference.config.settings import Config, SolveConfig
 from reference.errors import ConfigError, did_you_mean
 from reference.experiments.compare import compare, plan_runs
+from reference.experiments.comparison import interval_text, markdown_table
+from reference.experiments.statistics import Estimate
 
 _HERE = "reference.experiments.candidates"
 
@@ -84,9 +85,9 @@ def ablate(settings: Config, variants: Sequence[str], seeds: int, folder: Path, 
                               f"{did_you_mean(name, VARIANTS)}")  # fmt: skip
     chosen = {name: VARIANTS[name] for name in dict.fromkeys(variants or VARIANTS)}
     plans = plan_runs({name: _configured(settings, v) for name, v in chosen.items()}, seeds, folder)
-    compare(plans, folder, jobs=jobs, tables_only=tables_only)
-    numbers = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    text = f"{len(numbers['seeds'])} seeds, {settings.epochs} epochs.\n\n{_table(numbers, chosen, settings.rewards)}"
+    found = compare(plans, folder, jobs=jobs, tables_only=tables_only)
+    table = _table(found.numbers, chosen, settings.rewards)
+    text = f"{len(found.seeds)} seeds, {settings.epochs} epochs.\n\n{table}"
     (folder / "ablate.md").write_text(text + "\n", encoding="utf-8")
     return text
 
@@ -100,21 +101,18 @@ def _configured(settings: Config, v: Variant) -> Config:
 
 def _table(numbers: Mapping[str, Any], variants: Mapping[str, Variant], rewards: Sequence[str]) -> str:
     """A row a variant."""
-    first, lines = next(iter(variants)), []
-    head = ["what differs", "", *rewards, "smallest", f"minus `{first}`'s", "lower for certain"]
+    first, rows = next(iter(variants)), []
     for label, v in variants.items():
-        gains, mine = numbers["standardized"][label], numbers["smallest"][label]
-        lowered = ", ".join(name for name in rewards if (gains[name]["high"] or 0) < 0)
-        against = "" if label == first else _text(_negative(numbers["differences"][label]))
-        means = [f"{gains[name]['mean']:+.2f}" for name in rewards]
-        lines.append([v.part, f"{v.what} (`{label}`)", *means, _text(mine), against, lowered])
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *lines))
+        gains = numbers["standardized"][label]
+        lowered = ", ".join(name for name in rewards if gains[name].high < 0)
+        means = [f"{gains[name].mean:+.2f}" for name in rewards]
+        against = "" if label == first else interval_text(_negative(numbers["differences"][label]), 2)
+        smallest = interval_text(numbers["smallest"][label], 2)
+        rows.append([v.part, f"{v.what} (`{label}`)", *means, smallest, against, lowered])
+    head = ["what differs", "", *rewards, "smallest", f"minus `{first}`'s", "lower for certain"]
+    return markdown_table(head, rows)
 
 
-def _negative(e: Mapping[str, float]) -> dict[str, float]:
+def _negative(e: Estimate) -> Estimate:
     """The other rule minus the first one."""
-    return {"mean": -e["mean"], "low": -e["high"], "high": -e["low"]}
-
-
-def _text(e: Mapping[str, float]) -> str:
-    return f"{e['mean']:+.2f} [{e['low']:+.2f}, {e['high']:+.2f}]"
+    return Estimate(-e.mean, -e.high, -e.low)

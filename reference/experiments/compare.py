@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from reference.config.checks import validate
 from reference.config.settings import Config
 from reference.config.toml import from_toml, to_toml
 from reference.errors import ConfigError, TrainingError
-from reference.experiments.comparison import finished, judged_by, write_tables
+from reference.experiments.comparison import Comparison, finished, judged_by, write_tables
 from reference.run.inputs import prepare
 from reference.run.state import begun, essentials
 
@@ -75,11 +74,8 @@ def _check_finished(config: Config) -> None:
         raise ConfigError(f"folder: {config.run} was made by another configuration (see its config.toml).")
 
 
-def compare(plans: Mapping[str, Sequence[Config]], folder: Path, *, jobs: int, tables_only: bool) -> str:
+def compare(plans: Mapping[str, Sequence[Config]], folder: Path, *, jobs: int, tables_only: bool) -> Comparison:
     """Train what is not finished, seed by seed, and write ``tables.md``, ``summary.json`` and two figures.
-
-    Returns:
-        The text of ``tables.md``.
 
     Raises:
         TrainingError: a run failed; the others that were under way have ended, and the command can be given again.
@@ -129,10 +125,8 @@ def screened(
         for label, configs in plans.items()
     }
     (folder / "screening").mkdir(parents=True, exist_ok=True)
-    compare(short, folder / "screening", jobs=jobs, tables_only=tables_only)
-    summary = json.loads((folder / "screening" / "summary.json").read_text(encoding="utf-8"))
-    smallest = {label: found["mean"] for label, found in summary["smallest"].items()}
-    others = sorted((label for label in plans if label != first), key=lambda label: -smallest[label])
+    smallest = compare(short, folder / "screening", jobs=jobs, tables_only=tables_only).numbers["smallest"]
+    others = sorted((label for label in plans if label != first), key=lambda label: -smallest[label].mean)
     kept = {first, *others[: screening.finalists - 1]}
     print(f"finalists of the screening: {', '.join(label for label in plans if label in kept)}", flush=True)
     return {label: configs for label, configs in plans.items() if label in kept}

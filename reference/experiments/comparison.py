@@ -84,7 +84,21 @@ def _names(config: Config) -> list[str]:
     return [*config.rewards, *(name for name in config.log.watch if name not in config.rewards)]
 
 
-def write_tables(plans: Mapping[str, Sequence[Config]], folder: Path) -> str:
+class Comparison(NamedTuple):
+    """What runs say together.
+
+    Attributes:
+        text: the tables in Markdown.
+        numbers: behind them, by table, rule and reward.
+        seeds: that every rule has finished.
+    """
+
+    text: str
+    numbers: dict[str, Any]
+    seeds: list[int]
+
+
+def write_tables(plans: Mapping[str, Sequence[Config]], folder: Path) -> Comparison:
     """Tables and figures of the seeds that every rule has finished."""
     S = len(next(iter(plans.values())))
     common = [s for s in range(S) if all(finished(configs[s]) for configs in plans.values())]
@@ -109,7 +123,7 @@ def write_tables(plans: Mapping[str, Sequence[Config]], folder: Path) -> str:
         _gains_figure(gains, sigma, names).savefig(folder / "gains.svg", metadata={"Date": None})
         _curves_figure(runs, names).savefig(folder / "curves.svg", metadata={"Date": None})
         _worst_figure(numbers["smallest"], rows).savefig(folder / "worst.svg", metadata={"Date": None})
-    return text
+    return Comparison(text, numbers, common)
 
 
 def summarize(runs: Mapping[str, Sequence[Run]], gains: Mapping[str, Array], config: Config) -> dict[str, Any]:
@@ -175,13 +189,13 @@ _TITLES = {
 }
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def _cell(e: Estimate, digits: int = 3) -> str:
+def interval_text(e: Estimate, digits: int = 3) -> str:
     """As ``+0.050 [+0.010, +0.090]``."""
     text = f"{e.mean:+.{digits}f}"
     return text if np.isnan(e.low) else f"{text} [{e.low:+.{digits}f}, {e.high:+.{digits}f}]"
@@ -191,14 +205,14 @@ def _tables(numbers: dict[str, Any], config: Config) -> dict[str, str]:
     """Every table by its key."""
     null = f"(noise alone: {len(config.rewards) ** -0.5:.3f})"
     columns = [f"{k} {null}" if "same" in k else k for k in next(iter(numbers["cosines"].values()))]
-    cosines = [[label, *map(_cell, x.values())] for label, x in numbers["cosines"].items()]
+    cosines = [[label, *map(interval_text, x.values())] for label, x in numbers["cosines"].items()]
     return {
         "runs": _runs_table(numbers["runs"]),
         "gains": _gains_table(numbers, config),
         "standardized": _standardized_table(numbers, config),
         "differences": _difference_table(numbers),
         "equal compute": _equal_table(numbers, config),
-        "cosines": _table(["rule", *columns], cosines),
+        "cosines": markdown_table(["rule", *columns], cosines),
     }
 
 
@@ -207,17 +221,17 @@ def _runs_table(runs: Mapping[str, Mapping[str, float]]) -> str:
         [label, f"{x['seeds']}", f"{x['images']:,.0f}", f"{x['steps']:.0f}", f"{x['CPU minutes']:.1f}"]
         for label, x in runs.items()
     ]
-    return _table(["rule", "seeds", "images", "steps", "CPU minutes without evaluation"], rows)
+    return markdown_table(["rule", "seeds", "images", "steps", "CPU minutes without evaluation"], rows)
 
 
 def _gains_table(numbers: dict[str, Any], config: Config) -> str:
     """Gains of every reward, one column a rule."""
     rows = []
     for name, before in numbers["before"].items():
-        cells = [_cell(x[name]) + _direction(x[name]) for x in numbers["gains"].values()]
+        cells = [interval_text(x[name]) + _direction(x[name]) for x in numbers["gains"].values()]
         title = name if name in config.rewards else f"{name} (not trained)"
         rows.append([title, f"{before:.3f}", *cells])
-    return _table(["reward", "before", *numbers["gains"]], rows)
+    return markdown_table(["reward", "before", *numbers["gains"]], rows)
 
 
 def _direction(e: Estimate) -> str:
@@ -231,8 +245,10 @@ def _standardized_table(numbers: dict[str, Any], config: Config) -> str:
     for label, x in numbers["standardized"].items():
         mean = {k: x[k].mean for k in config.rewards}
         cells = [f"{m:+.2f}" for m in mean.values()]
-        rows.append([label, *cells, f"{_cell(numbers['smallest'][label], 2)} ({min(mean, key=mean.__getitem__)})"])
-    return _table(["rule", *config.rewards, "smallest"], rows)
+        rows.append(
+            [label, *cells, f"{interval_text(numbers['smallest'][label], 2)} ({min(mean, key=mean.__getitem__)})"]
+        )
+    return markdown_table(["rule", *config.rewards, "smallest"], rows)
 
 
 def _difference_table(numbers: dict[str, Any]) -> str:
@@ -240,8 +256,8 @@ def _difference_table(numbers: dict[str, Any]) -> str:
     first, rows = next(iter(numbers["smallest"])), []
     for label, e in numbers["differences"].items():
         verdict = "larger" if e.low > 0 else "smaller" if e.high < 0 else "not told apart"
-        rows.append([f"{first} - {label}", _cell(e, 2), verdict])
-    return _table(["rules", "difference", "verdict"], rows)
+        rows.append([f"{first} - {label}", interval_text(e, 2), verdict])
+    return markdown_table(["rules", "difference", "verdict"], rows)
 
 
 def _equal_table(numbers: dict[str, Any], config: Config) -> str:
@@ -249,8 +265,8 @@ def _equal_table(numbers: dict[str, Any], config: Config) -> str:
     rows = []
     for label, x in numbers["equal_compute"].items():
         found = [x[k] for k in config.rewards]
-        rows.append([label, *(_cell(e, 2) for e in found), f"{min(e.mean for e in found):+.2f}"])
-    table = _table(["rule", *config.rewards, "smallest"], rows)
+        rows.append([label, *(interval_text(e, 2) for e in found), f"{min(e.mean for e in found):+.2f}"])
+    table = markdown_table(["rule", *config.rewards, "smallest"], rows)
     return f"Budget: {numbers['budget']:.1f} CPU minutes.\n\n{table}"
 
 

@@ -8,7 +8,6 @@ prompt goes from 0.3 (text) to 0.007 (sharpness).
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from matplotlib.figure import Figure
 from reference.config.settings import Config
 from reference.errors import ConfigError
 from reference.experiments.compare import compare, plan_runs, settings_of_rules
+from reference.experiments.comparison import interval_text, markdown_table
+from reference.experiments.statistics import Estimate
 from reference.run.reading import PALETTE
 
 
@@ -50,19 +51,17 @@ def _with_share(settings: Config, rules: Sequence[str], n: int, seeds: int, fold
     """The numbers of a comparison in which one prompt in ``n`` has a text."""
     rollout = dataclasses.replace(settings.rollout, prompts=("world:text", "world:objects"), weights=(1.0, n - 1.0))
     plans = plan_runs(settings_of_rules(dataclasses.replace(settings, rollout=rollout), rules), seeds, folder)
-    compare(plans, folder, jobs=jobs, tables_only=False)
-    numbers: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return numbers
+    return compare(plans, folder, jobs=jobs, tables_only=False).numbers
 
 
 def _table(found: Mapping[int, Mapping[str, Any]], rewards: Sequence[str]) -> str:
     """A row a share and rule."""
-    head, lines = ["one text prompt in", "rule", *rewards, "smallest"], []
+    rows = []
     for n, numbers in found.items():
         for label, gains in numbers["standardized"].items():
-            means, e = [f"{gains[name]['mean']:+.2f}" for name in rewards], numbers["smallest"][label]
-            lines.append([f"{n}", label, *means, f"{e['mean']:+.2f} [{e['low']:+.2f}, {e['high']:+.2f}]"])
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *lines))
+            means = [f"{gains[name].mean:+.2f}" for name in rewards]
+            rows.append([f"{n}", label, *means, interval_text(numbers["smallest"][label], 2)])
+    return markdown_table(["one text prompt in", "rule", *rewards, "smallest"], rows)
 
 
 def _figure(found: Mapping[int, Mapping[str, Any]]) -> Figure:
@@ -85,8 +84,8 @@ def _figure(found: Mapping[int, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _line(axes: Any, estimates: Mapping[int, Mapping[str, Any]], color: str, label: str | None) -> None:
+def _line(axes: Any, estimates: Mapping[int, Estimate], color: str, label: str | None) -> None:
     """Means with their intervals."""
-    mean, low, high = (np.array([e[key] for e in estimates.values()], float) for key in ("mean", "low", "high"))
+    mean, low, high = np.array(list(estimates.values())).T
     error = np.nan_to_num([mean - low, high - mean])
     axes.errorbar(list(estimates), mean, yerr=error, marker="o", color=color, capsize=3, label=label)

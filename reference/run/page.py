@@ -134,5 +134,5 @@ def section(title: str, needs: str, sentence: str, *parts: str) -> str:
 def write_page(path: Path, title: str, sections: Iterable[str]) -> Path:
     """Write a page that may load nothing from elsewhere."""
     html = _PAGE.substitute(title=escape(title), body="\n".join(sections))
-    write_whole(path, html)
+    write_whole(path, html.encode("utf-8", "xmlcharrefreplace"))
     return path

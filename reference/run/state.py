@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +27,7 @@ from reference.run.watch import Health
 from reference.step.balance import Balance
 from reference.step.estimate import Tree
 from reference.step.method import Method
-from reference.text_files import write_whole
+from reference.text_files import whole, write_whole
 
 LORA = "pytorch_lora_weights.safetensors"
 VERSION = 3  # of the checkpoint format
@@ -84,7 +82,7 @@ def open_run(config: Config, resume: bool) -> None:
         )
     try:
         run.mkdir(parents=True, exist_ok=True)
-        write_whole(run / "config.toml", to_toml(config))
+        write_whole(run / "config.toml", to_toml(config).encode())
         (run / "metrics.jsonl").touch()
     except OSError as error:
         raise ConfigError(f"run: cannot write to {run}: {error}. Choose another --run.") from error
@@ -228,13 +226,10 @@ def export_lora(policy: Policy, ema: Tree, run: Path) -> None:
     Raises:
         CheckpointError: they could not be written.
     """
-    temporary = run / f"{LORA}.tmp"
     try:
-        save_file(lora_layers(policy, ema), temporary, metadata={"format": "pt"})
-        os.replace(temporary, run / LORA)
+        with whole(run / LORA) as temporary:
+            save_file(lora_layers(policy, ema), temporary, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise CheckpointError(f"cannot write {run / LORA}: {error}.") from error
 
 

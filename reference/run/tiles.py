@@ -57,7 +57,7 @@ def save_tiles(
     ]
     tiles = [{"prompt": prompt, "scores": s} for prompt, s in zip(prompts, found, strict=True)]
     text = json.dumps({"columns": _COLUMNS, "tiles": tiles}, allow_nan=False, indent=1)
-    write_whole(path.with_suffix(".json"), text + "\n")
+    write_whole(path.with_suffix(".json"), f"{text}\n".encode())
     return picture
 
 

@@ -107,7 +107,7 @@ def rows(text: str, start: str) -> list[list[str]]:
 
 def test_tables_of_made_up_runs(tmp_path: Path) -> None:
     plans = made_up(tmp_path)
-    text = compare(plans, tmp_path, jobs=1, tables_only=True)
+    text = compare(plans, tmp_path, jobs=1, tables_only=True).text
     assert (tmp_path / "tables.md").read_text(encoding="utf-8") == text + "\n"
     assert text.startswith("2 seeds, 3 held-out prompts, 2 images each.")
     gains = {row[0]: row[1:] for row in rows(text, "| text |") + rows(text, "| jpeg |") + rows(text, "| objects")}
@@ -147,7 +147,7 @@ def test_only_seeds_that_all_have(tmp_path: Path) -> None:
     metrics = plans["uniform"][1].run / "metrics.jsonl"
     metrics.write_text(metrics.read_text(encoding="utf-8")[:-40], encoding="utf-8")  # cut while it was written
     assert not finished(plans["uniform"][1])
-    text = compare(plans, tmp_path, jobs=1, tables_only=True)
+    text = compare(plans, tmp_path, jobs=1, tables_only=True).text
     assert text.startswith("1 seeds")
     assert "One seed: intervals are over prompts alone" in text
     assert "Seeds [1] are left out" in text
@@ -161,13 +161,13 @@ def test_only_seeds_that_all_have(tmp_path: Path) -> None:
 
 def test_a_run_that_went_on_is_read_up_to_the_epochs_compared(tmp_path: Path) -> None:
     plans = made_up(tmp_path)
-    before = compare(plans, tmp_path, jobs=1, tables_only=True)
+    before = compare(plans, tmp_path, jobs=1, tables_only=True).text
     for configs in plans.values():
         with (configs[0].run / "metrics.jsonl").open("a", encoding="utf-8") as file:
             for line in records(configs[0], (9.0, 9.0, 9.0), cpu=1.0):
                 later = {**line, "epoch": line["epoch"] + 2}
                 file.write(json.dumps(later) + "\n" if later["epoch"] > 2 or line["kind"] != "eval" else "")
-    assert compare(plans, tmp_path, jobs=1, tables_only=True) == before
+    assert compare(plans, tmp_path, jobs=1, tables_only=True).text == before
 
 
 def test_cosines_that_do_not_exist_are_passed_over(tmp_path: Path) -> None:
