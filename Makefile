@@ -36,7 +36,7 @@ fast: $(DEV) ## the answer to a change in under 90 seconds: without what trains,
 	$(PY) -m pytest -m "not slow" -n $(WORKERS)
 
 faults: $(DEV) ## break it on purpose: 100 kills, every write failing, 10,000 damaged arguments of each public function
-	KILLS=50 RANKS=10 FUZZ=10000 DISK=all REQUESTS=1000 $(PY) -m pytest -n $(WORKERS) tests/faults
+	PHASES=all KILLS=50 RANKS=10 FUZZ=10000 DISK=all REQUESTS=1000 $(PY) -m pytest -n $(WORKERS) tests/faults
 
 coverage: $(DEV) ## which lines the tests reach
 	$(PY) -m pytest -n $(WORKERS) --cov=marble_core --cov=reference --cov-report=term --cov-report=html:site/coverage

@@ -58,7 +58,8 @@ def shared_cotangent_rows(
     the model: no sequence-first layers, no sorting or routing of rows, no batch statistics. Shapes do not show that
     where another dimension is as large as B: ``verify`` a new model once, and one with routing at every call.
 
-    Autocast and non-reentrant checkpointing work as usual, and so do modules compiled as a whole or in parts: their
+    Autocast and non-reentrant checkpointing work as usual (though not a call inside of a checkpointed part, which
+    computes layers again in the middle of it), and so do modules compiled as a whole or in parts: their
     layers collect rows inside a graph of their own, compiled once for all calls with B rows, whatever K. Rows of
     several micro-batches add up: the caller sums them, then takes the Gram matrix. Nothing is left behind: classes,
     hooks, ``.grad``, flags and modes are as before, also after an error. Calls of several threads wait for each other;

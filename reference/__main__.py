@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 try:
+    # Before torch is loaded: where another process is gone, its traces from C++ would hide the line that says so.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import tyro
 except ImportError as error:
     need = "python -m reference needs the trainer's packages. In a clone: make setup, or pip install . ./reference"

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.distributed import DistError
 
@@ -201,20 +201,24 @@ def first_on_machine(peers: Peers) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_on_interrupt() -> Iterator[list[bool]]:
-    """Turn the first Ctrl-C into a flag that the loop reads between steps; the second one interrupts at once."""
-    stop = [False]
+    """Turn the first Ctrl-C, or SIGTERM of a cluster that wants its machine back, into a flag that the loop reads
+    between steps; the second one interrupts at once."""
+    stop, before = [False], dict[signal.Signals, Any]()
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop[0] = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         warnings.warn("stopping after this step; press Ctrl-C again to stop at once", stacklevel=1)
 
     try:
-        before = signal.signal(signal.SIGINT, handle)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handle)
     except ValueError:  # not in the main thread: nothing to catch
         yield stop
         return
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -72,7 +72,8 @@ class Live:
     def show(self, epoch: int, rewards: dict[str, float]) -> None:
         """One more epoch done: its rewards, the minimum cosine of the last refresh, and the loss of the last step."""
         numbers = " ".join(f"{name} {value:.2f}" for name, value in rewards.items())
-        numbers += f" min cos {self.min_cosine:+.2f} loss {self.loss:.3g}"
+        for x, text in ((self.min_cosine, f" min cos {self.min_cosine:+.2f}"), (self.loss, f" loss {self.loss:.3g}")):
+            numbers += "" if math.isnan(x) else text  # not measured yet since this process began
         self.bar.set_postfix_str(numbers)
         self.bar.update()
         if self.bar.disable:  # not a terminal: a line an epoch instead of a bar

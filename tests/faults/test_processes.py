@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,20 +30,23 @@ pytestmark = pytest.mark.slow
 # Short times, so that a test does not take minutes.
 PROGRAM = """
 import sys
+from reference.__main__ import main
 from reference.processes import alive
 alive._PATIENCE, alive._BEAT, alive._SILENCE, alive._STUCK = 2.0, 0.2, 2.0, 2.0
-from reference.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def start(run: Path, flags: Sequence[str], size: int = 2) -> list[subprocess.Popen[str]]:
+def start(
+    run: Path, flags: Sequence[str], size: int = 2, program: str = PROGRAM, environment: Mapping[str, str] | None = None
+) -> list[subprocess.Popen[str]]:
     """Processes without a launcher that would end the others."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROGRAM, "train", "--preset", "tiny", "--run", str(run), "--epochs", "4"]
+    shared |= environment or {}
+    command = [sys.executable, "-c", program, "train", "--preset", "tiny", "--run", str(run), "--epochs", "4"]
     return [
         subprocess.Popen(
             [*command, "--log.watch", "--rewards", "objects", "colour", "jpeg", *flags],

@@ -108,31 +108,31 @@ def test_training_moves_the_adapter_only(unbroken: Path) -> None:
     assert [name.split(".transformer_blocks.")[1] for name in still] == ["3.attn.add_q_proj.lora_B.default.weight"]
 
 
-def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send Ctrl-C from inside the step with this number."""
+def stop_after(steps: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send a signal from inside the step with this number."""
     original = balance.step_gradient
     seen = [0]
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         seen[0] += 1
         if seen[0] == steps:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return original(*args, **kwargs)
 
     monkeypatch.setattr(train_module, "step_gradient", spy)
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_ctrl_c_finishes_the_step_saves_and_goes_on_bit_exactly(
-    tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+@pytest.mark.parametrize(("steps", "number"), [(1, signal.SIGINT), (4, signal.SIGTERM)])
+def test_ctrl_c_and_sigterm_finish_the_step_save_and_go_on_bit_exactly(
+    tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, steps: int, number: signal.Signals
 ) -> None:
-    run, before = tmp_path / "run", signal.getsignal(signal.SIGINT)  # a shell's background jobs ignore it
+    run, before = tmp_path / "run", signal.getsignal(number)  # a shell's background jobs ignore Ctrl-C
     with monkeypatch.context() as patch:
-        stop_after(steps, patch)
+        stop_after(steps, number, patch)
         with pytest.warns(UserWarning, match="stopping after this step"), pytest.raises(Interrupted):
             train(config(run))
     assert final_state(run)["step"] == steps
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     train(config(run), resume=True)
     assert_same(final_state(run), final_state(unbroken))
     assert without_times(run) == without_times(unbroken)
@@ -151,7 +151,7 @@ def test_rules_with_a_memory_go_on_bit_exactly(tmp_path: Path, monkeypatch: pyte
     unbroken, run = (config(tmp_path / folder, balance=name, solve=STATEFUL[name]) for folder in ("unbroken", "run"))
     train(unbroken)
     with monkeypatch.context() as patch:
-        stop_after(3, patch)
+        stop_after(3, signal.SIGINT, patch)
         with pytest.warns(UserWarning, match="stopping after this step"), pytest.raises(Interrupted):
             train(run)
     train(run, resume=True)
