@@ -118,7 +118,16 @@ def _scores_of(result: Any, N: int) -> tuple[Any, Any]:
     return values, applicable
 
 
-def place_of(error: Exception) -> str:
+def _unreadable(x: object, N: int) -> str:
+    """What a column of scores is instead of N real numbers; empty where it is that."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    if x.is_nested or x.is_quantized or x.is_complex() or x.layout != torch.strided or x.device.type == "meta":
+        return f"a tensor of {x.dtype}, {'nested' if x.is_nested else x.layout}, on {x.device}"
+    return "" if x.shape == (N,) else f"{list(x.shape)}"
+
+
+def place_of(error: BaseException) -> str:
     """An exception with the file and the line that raised it."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
@@ -154,12 +163,11 @@ def _one(name: str, reward: Reward, images: Tensor, prompts: Sequence[Prompt], n
         result = _called(name, reward, images, prompts)
     except RewardError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(f"reward {name!r} raised {place_of(error)}") from error
     values, applicable = _scores_of(result, N)
     for what, x in (("scores", values), ("applicable", applicable)):
-        if not isinstance(x, Tensor) or x.shape != (N,):
-            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        if got := _unreadable(x, N):
             raise RewardError(
                 f"reward {name!r}: expected {what} of shape [{N}], one an image, as a tensor"
                 f"{', list or array' if what == 'scores' else ''}, got {got}."

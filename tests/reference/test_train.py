@@ -250,14 +250,19 @@ def test_a_resume_with_damaged_checkpoints_alone_refuses_and_touches_nothing(tmp
     assert contents(run) | {"config.toml": b""} == before | {"config.toml": b""}  # which has the new number of epochs
 
 
-def test_an_older_format_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 4])
+def test_an_older_or_a_newer_format_is_refused(tmp_path: Path, version: int) -> None:
     run = tmp_path / "run"
     train(config(run, epochs=1))
     state = checkpoint.latest(run / "checkpoints")
     assert state is not None
-    del state["version"]
+    if version == 1:
+        del state["version"]
+    else:
+        state["version"] = version
     checkpoint.save(run / "checkpoints", 99, state)
-    with pytest.raises(ConfigError, match=r"have format 1, this version reads 3\. Go on with the version that wrote"):
+    wanted = rf"have format {version}, this version reads 3\. Go on with the version that wrote"
+    with pytest.raises(ConfigError, match=wanted):
         train(config(run), resume=True)
 
 

@@ -212,3 +212,34 @@ def test_every_reward_is_tried_on_a_prompt_of_its_own() -> None:
 
     with pytest.raises(RewardError, match=r"reward 'own' raised KeyError: 'size' \(test_scorer\.py, line \d+\)"):
         try_rewards(Scorer({"own": broken}, CPU), prompts, (3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda x: x.to("meta"), "torch.float32, torch.strided, on meta"),
+        (lambda x: x.to_sparse(), "torch.float32, torch.sparse_coo, on cpu"),
+        (lambda x: x.to(torch.complex64), "torch.complex64, torch.strided, on cpu"),
+        (lambda x: (x, x.to_sparse()), "torch.float32, torch.sparse_coo, on cpu"),
+        (lambda x: (x, torch.ones(3)), r"\[3\]"),
+        (lambda x: x[:, None], r"\[2, 1\]"),
+        (lambda x: x.mean(), r"\[\]"),
+        (lambda x: None, "NoneType"),
+        (lambda x: (y for y in x), "generator"),
+        (lambda x: ["0.1", "0.2"], "list"),
+    ],
+)
+def test_a_reward_returns_a_real_number_an_image_or_is_refused(
+    change: Callable[[Tensor], Any], got: str
+) -> None:
+    own: dict[str, Reward] = {"own": lambda images, prompts, metadata: change(images.mean((1, 2, 3)))}
+    with pytest.raises(RewardError, match=rf"reward 'own': expected \w+ of shape \[2\].* got (a tensor of )?{got}\.$"):
+        score(own, torch.rand(2, 3, 4, 4), plain_prompts(["a", "b"]))
+
+
+def test_a_reward_that_ends_the_process_is_named_instead() -> None:
+    def ends(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
+        raise SystemExit(3)
+
+    with pytest.raises(RewardError, match=r"reward 'own' raised SystemExit: 3 \(test_scorer\.py, line \d+\)"):
+        score({"own": ends}, torch.rand(2, 3, 4, 4), plain_prompts(["a", "b"]))
