@@ -229,9 +229,7 @@ def test_every_reward_is_tried_on_a_prompt_of_its_own() -> None:
         (lambda x: ["0.1", "0.2"], "list"),
     ],
 )
-def test_a_reward_returns_a_real_number_an_image_or_is_refused(
-    change: Callable[[Tensor], Any], got: str
-) -> None:
+def test_a_reward_returns_a_real_number_an_image_or_is_refused(change: Callable[[Tensor], Any], got: str) -> None:
     own: dict[str, Reward] = {"own": lambda images, prompts, metadata: change(images.mean((1, 2, 3)))}
     with pytest.raises(RewardError, match=rf"reward 'own': expected \w+ of shape \[2\].* got (a tensor of )?{got}\.$"):
         score(own, torch.rand(2, 3, 4, 4), plain_prompts(["a", "b"]))
