@@ -57,6 +57,44 @@ def soft_min_weights(gain: Tensor, prior: Tensor, strength: float, *, keep: floa
     return (keep * p / p.sum(-1, keepdim=True) + (1.0 - keep) * tilted).to(gain.dtype)
 
 
+def lag_weights(gain: Tensor, prior: Tensor, ahead: float) -> Tensor:
+    """Weights in proportion to how far each reward is behind the level that all are to reach.
+
+    The level is ``ahead`` above the smallest gain: ``w_k`` is proportional to ``prior_k max(0, 1 - (gain_k - min_l
+    gain_l) / ahead)``, minus the gradient of ``1/2 sum_k prior_k max(0, level - gain_k)^2`` at a fixed level. The last
+    reward has its prior's weight, one that is half of ``ahead`` in front of it half of that, one further than ``ahead``
+    none. As what a solve asks for (``noise_aware_weights``) they close the gaps in proportion, and a reward that is far
+    in front is not protected, so that it cannot hold up the others.
+
+    Args:
+        gain: ``[..., K]``, how far each reward has come, in units that can be compared (standard deviations). NaN
+            where it is not known: nothing says that this reward is in front, so it has its prior's weight.
+        prior: ``[..., K]`` or ``[K]``, non-negative; need not sum to 1. A reward with 0 is not waited for.
+        ahead: above 0, in units of the gain.
+
+    Returns:
+        ``[..., K]`` on the simplex, in the dtype of ``gain``. All NaN for an item whose prior is all 0.
+
+    Raises:
+        ValueError: ``prior`` has another K or negative entries, or ``ahead`` is not a positive number.
+
+    Example:
+        >>> lag_weights(torch.tensor([0.0, 0.1, 0.5]), torch.ones(3), 0.25)
+        tensor([0.6250, 0.3750, 0.0000])
+
+    Reference: this project, docs/design/0006-catching-up.md.
+    """
+    require_float("gain", gain, "[..., K]", range(1, 65))
+    require_prior(prior, gain.shape[-1])
+    require_range("ahead", ahead, 1e-9, 1e9)
+    g, p = gain.detach().double(), prior.detach().double()
+    known = ~g.isnan()
+    last = torch.where(known & (p > 0), g, torch.inf).amin(-1, keepdim=True)
+    gap = torch.where(known & (g > last), (g - last) / ahead, 0.0)
+    w = p * (1.0 - gap).clamp(min=0)
+    return (w / w.sum(-1, keepdim=True)).to(gain.dtype)
+
+
 def shrink_to_prior(weights: Tensor, prior: Tensor, signal: Tensor, standard_error: Tensor) -> Tensor:
     """Move each reward's share towards its prior's, as far as its signal cannot be told from zero.
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from marble_core import SignalGram, gram_matrix, harmonize, noise_aware_weights, shrink_gram, signal_gram
+from marble_core import (
+    SignalGram,
+    gram_matrix,
+    harmonize,
+    lag_weights,
+    noise_aware_weights,
+    shrink_gram,
+    signal_gram,
+)
+from marble_core.rules import Evidence, catch_up
 from property_tests.strategies import REGULAR, gradients, randn
 
 NOISY = tuple(kind for kind in REGULAR if kind not in ("norms 1e-8..1e8", "one tiny"))  # noise hides a tiny signal
@@ -86,3 +95,20 @@ def test_shrinking_moves_towards_equal_signals_and_stays_psd(K: int, seed: int) 
     assert float(torch.linalg.eigvalsh(gram).min()) >= -1e-12 * max(1.0, float(gram.abs().max()))
     if float(signal.gram.trace()) > 0:  # else nothing is known, whatever the variance
         assert float(shrink_gram(SignalGram(signal.gram, torch.tensor(0.0)))[1]) == 0
+
+
+@given(problems(), st.floats(0.01, 2.0))
+def test_catching_up_raises_whoever_lags_in_proportion(found: tuple[Tensor, Tensor, Tensor], ahead: float) -> None:
+    """And whoever is in front asks for nothing: its gradient never keeps the others from gaining as much."""
+    S, G, wanted = found
+    K, gains = len(S), wanted - 1.0
+    c = catch_up(K, ahead=ahead).update(torch.ones(K).double(), Evidence(gram=G, cross=S, gains=gains))[1]
+    asked = lag_weights(gains, torch.ones(K).double(), ahead) * S.diagonal().sqrt()
+    solved = noise_aware_weights(S, G, asked)
+    assume(not bool(solved.stationary))
+    reached = (S @ c) / (c @ G @ c).sqrt()
+    assert bool((reached >= float(solved.smallest) * asked - 1e-7 * S.diagonal().sum().sqrt())[asked > 0].all())
+    assert float(reached[gains.argmin()]) > 0
+    everyone = noise_aware_weights(S, G, S.diagonal().sqrt())
+    served = everyone.gains[asked > 0] / (asked[asked > 0] / asked.max())
+    assert float(solved.smallest * asked.max()) >= float(served.min()) - 1e-7 * float(S.diagonal().sum().sqrt())

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marble_core import shrink_to_prior, soft_min_weights
+from marble_core import lag_weights, shrink_to_prior, soft_min_weights
 
 FLOATS = st.floats(-1e6, 1e6)
 K = 4
@@ -44,6 +44,24 @@ def test_a_greater_gain_never_gets_more_weight(gain: torch.Tensor, strength: flo
     ahead = gain.clone()
     ahead[k] += more
     assert soft_min_weights(ahead, prior, strength)[k] <= soft_min_weights(gain, prior, strength)[k] + 1e-12
+
+
+@given(vectors(st.one_of(st.floats(-5, 5), st.just(math.nan))), PRIORS, st.floats(1e-3, 20), st.permutations(range(K)))
+def test_lag_weights_are_on_the_simplex_and_fall_with_the_gain(
+    gain: torch.Tensor, prior: torch.Tensor, ahead: float, order: list[int]
+) -> None:
+    w = lag_weights(gain, prior, ahead)
+    assert bool((w >= 0).all())
+    assert abs(float(w.sum()) - 1) < 1e-12
+    assert bool((w[prior == 0] == 0).all())
+    torch.testing.assert_close(lag_weights(gain[order], prior[order], ahead), w[order], rtol=1e-12, atol=1e-300)
+    torch.testing.assert_close(lag_weights(2 * gain, prior, 2 * ahead), w, rtol=1e-9, atol=1e-12)
+    known = (prior > 0) & ~gain.isnan()
+    share = w[known] / prior[known]
+    by_gain = gain[known].argsort()
+    assert bool((share[by_gain].diff() <= 1e-12 * share.sum()).all())
+    if bool(known.any()):
+        assert bool((share[gain[known] >= float(gain[known].min()) + 1.001 * ahead] == 0).all())
 
 
 @given(

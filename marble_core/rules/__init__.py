@@ -15,6 +15,7 @@ The step goes along ``sum_k coefficients_k g_k``, which is one backward pass of 
 """
 
 from marble_core.rules.base import Evidence, Rule
+from marble_core.rules.catch_up import catch_up
 from marble_core.rules.cone import cone
 from marble_core.rules.constant import uniform, weighted_sum
 from marble_core.rules.marble import Smoothed, follow, init_smoothed, marble, marble_paper
@@ -25,6 +26,7 @@ __all__ = [
     "Evidence",
     "Rule",
     "Smoothed",
+    "catch_up",
     "cone",
     "follow",
     "init_smoothed",

@@ -147,6 +147,7 @@ def _check_rule(config: Config) -> None:
         _check(value is None or 0 <= value < 1, f"solve.{switch} to be in [0, 1)", value)
     _check(s.refresh_every is None or s.refresh_every > 0, "solve.refresh_every to be positive", s.refresh_every)
     _check(s.strength is None or 0 <= s.strength < 1e9, "solve.strength to be finite and at least 0", s.strength)
+    _check(s.ahead is None or 1e-9 <= s.ahead <= 1e9, "solve.ahead to be from 1e-9 to 1e9", s.ahead)
     prior = s.prior or ()
     _check(len(prior) in (0, K), f"solve.prior to be empty or {K} numbers, one a reward", prior)
     usable = all(0 <= p < math.inf for p in prior) and (not prior or sum(prior) > 0)

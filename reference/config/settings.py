@@ -12,6 +12,7 @@ BUILT_IN_RULES: dict[str, tuple[str, ...]] = {
     "soft-min": ("strength", "keep", "prior"),
     "marble": ("refresh_every", "rho", "guard"),
     "marble-paper": ("refresh_every", "rho"),
+    "catch-up": ("refresh_every", "decay", "prior", "ahead"),
     "noise-aware": ("refresh_every", "decay", "prior"),
     "cone": ("refresh_every", "decay", "prior"),
     "weighted-sum": (),
@@ -149,6 +150,8 @@ class SolveConfig:
     """Strength with which soft-min favours rewards that have gained less so far; 0 for constant weights."""
     keep: float | None = None
     """Share of the weights that soft-min leaves as the prior has them."""
+    ahead: float | None = None
+    """Standard deviations that a reward may be in front of the last one before catch-up leaves it to itself."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,7 @@ class Config:
     run: Path = Path("runs/world")
     """Folder of the run: config, metrics, checkpoints, images, report."""
     balance: str = "soft-min"
-    """soft-min, marble, marble-paper, noise-aware, cone, weighted-sum, uniform, or module:callable of your own."""
+    """soft-min, marble, marble-paper, catch-up, noise-aware, cone, weighted-sum, uniform, or your own module:callable."""
     rewards: tuple[str, ...] = ("objects", "text", "similarity", "colour", "jpeg")
     """Rewards to raise: names of the world's five or of reference/rewards/, or module:callable of your own."""
     reward_weights: tuple[float, ...] = ()

@@ -13,6 +13,7 @@ from marble_core import interpolation
 from marble_core.rules import (
     Evidence,
     Rule,
+    catch_up,
     cone,
     marble,
     marble_paper,
@@ -105,6 +106,9 @@ def method_of(config: Config) -> Method:
             return Method(marble(K, rho=rho, guard=guard), _or(s.refresh_every, 10))
         case "marble-paper":
             return Method(marble_paper(K, rho=rho), _or(s.refresh_every, 10), weigh=by_advantages, full=True)
+        case "catch-up":
+            lagging = catch_up(K, ahead=_or(s.ahead, 0.25), prior=prior / prior.sum())
+            return Method(lagging, _or(s.refresh_every, 1), memory=_or(s.decay, 0.8))
         case "noise-aware":
             known = noise_aware(K, prior=prior / prior.sum())
             return Method(known, _or(s.refresh_every, 1), memory=_or(s.decay, 0.8))

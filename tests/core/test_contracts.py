@@ -185,6 +185,11 @@ CASES: dict[str, Case] = {
         lambda d, s: (rand(3, dtype=d, seed=s), unit(3, dtype=d, seed=s)),
         dtypes=HALF,
     ),
+    "lag_weights": Case(
+        lambda gain, prior: mc.lag_weights(gain, prior, 0.5),
+        lambda d, s: (rand(3, dtype=d, seed=s), unit(3, dtype=d, seed=s)),
+        dtypes=HALF,
+    ),
     "shrink_to_prior": Case(
         mc.shrink_to_prior,
         lambda d, s: (

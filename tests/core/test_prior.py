@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from marble_core import shrink_to_prior, soft_min_weights
+from marble_core import lag_weights, shrink_to_prior, soft_min_weights
 
 UNIFORM = torch.full((3,), 1 / 3, dtype=torch.float64)
 
@@ -86,6 +86,19 @@ def test_ascending_the_soft_minimum_raises_the_reward_that_lags() -> None:
     assert float(ends[0.0].min()) < 0.1 < float(ends[10.0].min())
 
 
+def test_lag_weights_by_hand() -> None:
+    gain, nan = torch.tensor([0.5, 0.0, 0.2, 0.1], dtype=torch.float64), math.nan
+    found = lag_weights(gain, torch.tensor([1.0, 1.0, 1.0, 3.0], dtype=torch.float64), 0.25)
+    torch.testing.assert_close(found, torch.tensor([0.0, 1.0, 0.2, 1.8], dtype=torch.float64) / 3)
+    # who is not wanted is not waited for; who is not known counts as last
+    torch.testing.assert_close(
+        lag_weights(gain, torch.tensor([1.0, 0.0, 1.0, 0.0]).double(), 0.25)[2], torch.tensor(1.0).double()
+    )
+    assert lag_weights(torch.tensor([0.0, nan, 9.0]), torch.ones(3), 1.0).tolist() == [0.5, 0.5, 0.0]
+    assert lag_weights(torch.tensor([nan, nan]), torch.tensor([1.0, 3.0]), 1.0).tolist() == [0.25, 0.75]
+    assert lag_weights(torch.tensor([-math.inf, 0.0, math.inf]), torch.ones(3), 1.0).tolist() == [1.0, 0.0, 0.0]
+
+
 def test_shrinking_by_hand() -> None:
     w, prior = torch.tensor([0.8, 0.2, 0.0]).double(), torch.tensor([1.0, 1.0, 2.0]).double()
     signal, error = torch.tensor([2.0, 1.0, -5.0]).double(), torch.ones(3).double()
@@ -109,6 +122,11 @@ def test_bad_input_is_named() -> None:
         soft_min_weights(two, torch.tensor([1.0, -1.0]), 1.0)
     with pytest.raises(ValueError, match="strength"):
         soft_min_weights(two, two, -1.0)
+    for ahead in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="ahead: expected a number"):
+            lag_weights(two, two, ahead)
+    with pytest.raises(ValueError, match=r"prior: expected K = 3 entries"):
+        lag_weights(three, two, 1.0)
     with pytest.raises(ValueError, match="signal: expected K = 2"):
         shrink_to_prior(two, two, three, two)
     with pytest.raises(ValueError, match="prior"):

@@ -13,6 +13,7 @@ from marble_core import cone_weights, harmonize, psd_part, soft_min_weights
 from marble_core.rules import (
     Evidence,
     Rule,
+    catch_up,
     cone,
     marble,
     marble_paper,
@@ -31,6 +32,7 @@ RULES: dict[str, Rule] = {
     "soft-min": soft_min(K),
     "cone": cone(K),
     "noise-aware": noise_aware(K),
+    "catch-up": catch_up(K),
 }
 
 
@@ -94,6 +96,35 @@ def test_the_cone_of_the_signals_where_they_are_known() -> None:
     assert torch.equal(found, cone_weights(psd_part(cross), equal, step_gram=gram))
     with pytest.raises(ValueError, match=r"evidence\.gram: expected a matrix beside evidence\.cross"):
         cone(K).update(equal, Evidence(cross=cross))
+
+
+def test_catching_up_asks_for_what_lags() -> None:
+    """Independent signals: every reward's gain is its own, in proportion to how far it is behind."""
+    S = torch.diag(torch.tensor([4.0, 1.0, 9.0, 1.0], dtype=torch.float64))
+    gains = torch.tensor([0.0, 0.1, 0.2, 1.0], dtype=torch.float64)
+    rule = catch_up(K, ahead=0.4)
+    c = rule.update(rule.init(), Evidence(gram=S, cross=S, gains=gains))[1]
+    reached = S @ c / S.diagonal().sqrt()  # in each reward's own unit
+    torch.testing.assert_close(reached / reached[0], torch.tensor([1.0, 0.75, 0.5, 0.0], dtype=torch.float64))
+    # nobody in front, or nothing known: all are wanted alike
+    for gains_so_far in (None, torch.full((K,), 0.3), torch.full((K,), torch.nan)):
+        same = rule.update(rule.init(), Evidence(gram=S, cross=S, gains=gains_so_far))[1]
+        aware = noise_aware(K).update(noise_aware(K).init(), Evidence(gram=S, cross=S))[1]
+        torch.testing.assert_close(same, aware)
+
+
+def test_a_reward_in_front_does_not_hold_up_the_others() -> None:
+    """Two opposed rewards and one beside them: the one in front may give something back, the last one never does."""
+    rows = torch.tensor([[1.0, 0.0], [-0.8, 0.6], [0.0, 1.0]], dtype=torch.float64)
+    S, rule = rows @ rows.T, catch_up(3)
+    for in_front, last in ((0, 1), (1, 0)):
+        gains = torch.full((3,), 0.05, dtype=torch.float64)
+        gains[in_front], gains[last] = 1.0, 0.0
+        c = rule.update(rule.init(), Evidence(gram=S, cross=S, gains=gains))[1]
+        change = S @ c
+        assert float(change[in_front]) < 0 < float(change[last])
+        aware = noise_aware(3).update(noise_aware(3).init(), Evidence(gram=S, cross=S))[1]
+        assert float((S @ aware).min()) > 0
 
 
 def test_gradients_that_leave_no_direction_change_nothing() -> None:

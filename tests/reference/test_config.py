@@ -267,6 +267,7 @@ def test_rules_are_fed_and_applied_as_their_papers_say() -> None:
     ours = method("marble")
     assert (ours.solves, ours.full, ours.weigh, ours.every) == (True, False, by_signals, 10)
     assert (method("noise-aware").every, method("noise-aware").memory) == (1, 0.8)
+    assert (method("catch-up").every, method("catch-up").memory) == (1, 0.8)
     assert (method("cone").every, method("cone").memory) == (1, 0.9)
     assert [method(name).solves for name in ("soft-min", "uniform", "weighted-sum")] == [False] * 3
     own = method("marble_core:min_norm_weights", decay=0.5, refresh_every=3)
@@ -290,6 +291,9 @@ def test_numbers_of_a_rule_reach_it() -> None:
     assert torch.allclose(kept, 1.5 * equal / gram.diagonal().sqrt())
     wanted = coefficients("noise-aware", prior=(1.0, 3.0)) - coefficients("noise-aware")
     assert float(wanted[1]) > float(wanted[0])
+    all_wanted, first = coefficients("catch-up", ahead=1e9), coefficients("catch-up")  # which is far behind
+    assert torch.allclose(all_wanted, coefficients("noise-aware"))
+    assert float(first[0] / first[1]) > float(all_wanted[0] / all_wanted[1])
 
 
 def test_a_rule_that_does_not_solve_measures_at_its_own_interval() -> None:
@@ -363,6 +367,8 @@ def test_what_must_be_positive(key: str, value: float) -> None:
         ("solve.strength", -1.0, "solve.strength to be finite and at least 0"),
         ("solve.strength", float("inf"), "solve.strength to be finite and at least 0"),
         ("solve.keep", 1.5, "solve.keep to be in"),
+        ("solve.ahead", 0.0, "solve.ahead to be from 1e-9 to 1e9"),
+        ("solve.ahead", float("nan"), "solve.ahead to be from 1e-9 to 1e9"),
         ("solve.prior", (1.0,), "solve.prior to be empty or 5 numbers, one a reward"),
         ("solve.prior", (1.0, 1.0, 1.0, 1.0, -1.0), "solve.prior to be finite, at least 0, and not all 0"),
         ("solve.prior", (0.0,) * 5, "solve.prior to be finite, at least 0, and not all 0"),
@@ -412,6 +418,7 @@ VALUES: dict[str, Any] = {
     "prior": (1.0, 2.0, 3.0, 4.0, 5.0),
     "strength": 2.0,
     "keep": 0.25,
+    "ahead": 0.5,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marble_core.rules import Evidence, Rule, cone, marble, marble_paper, noise_aware, soft_min, uniform
+from marble_core.rules import Evidence, Rule, catch_up, cone, marble, marble_paper, noise_aware, soft_min, uniform
 from reference.config.settings import Config
 from reference.step.method import method_of, raw_sum_weights, refreshes_at
 
@@ -15,6 +15,7 @@ RULES: dict[str, Rule] = {
     "marble": marble(K),
     "marble-paper": marble_paper(K),
     "noise-aware": noise_aware(K),
+    "catch-up": catch_up(K),
     "cone": cone(K),
     "uniform": uniform(K),
 }
