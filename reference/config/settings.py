@@ -208,7 +208,7 @@ class Config:
     run: Path = Path("runs/world")
     """Folder of the run: config, metrics, checkpoints, images, report."""
     balance: str = "soft-min"
-    """soft-min, marble, marble-paper, catch-up, noise-aware, cone, weighted-sum, uniform, or your own module:callable."""
+    """soft-min, catch-up, marble, marble-paper, noise-aware, cone, weighted-sum, uniform, or module:callable, yours."""
     rewards: tuple[str, ...] = ("objects", "text", "similarity", "colour", "jpeg")
     """Rewards to raise: names of the world's five or of reference/rewards/, or module:callable of your own."""
     reward_weights: tuple[float, ...] = ()
