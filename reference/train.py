@@ -33,6 +33,7 @@ from reference.step.gradients import Rows
 from reference.step.method import by_raw_sum, raw_sum_weights, refreshes_at
 from reference.step.rollout import Rollout, sample_epoch, sampling_of
 
+_STOPPED = "stopped after step {}; go on with --resume"
 _MAX_SKIPPED = 10  # steps in a row without a finite gradient
 _NOT_FINITE = (
     f"the gradient was not finite {_MAX_SKIPPED} steps in a row (last at step {{}}). The weights of the last good step "
@@ -104,7 +105,8 @@ def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None)
     """
     config, clock, cpu = run.config, [time.monotonic()], time.process_time()
     try:
-        rollout = _sampled(run, state, clock)
+        _stop_if_asked(run, state, stop)
+        rollout = _sampled(run, state, stop, clock)
         values, applicable = rollout.scores
         numbers = prompt_numbers(rollout.prompts, run.inputs.pool)
         learning = learns_spread(state.epoch, run.inputs.pool, config)
@@ -119,8 +121,7 @@ def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None)
         if rng is not None:
             checkpoint.set_rng_state(rng)
         while state.part < len(parts):
-            if any_of(stop[0], run.peers):
-                raise Interrupted(f"stopped after step {state.step}; go on with --resume")
+            _stop_if_asked(run, state, stop)
             run.live.phase(state.epoch, f"training, step {state.part + 1} of {len(parts)}")
             rows = step_rows(run.base, weighed, parts[state.part], config, state.part, run.peers)
             whole = whole_step(parts[state.part], config, run.peers)
@@ -142,13 +143,21 @@ def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None)
     return state._replace(epoch=state.epoch + 1, part=0, gains=so_far, health=health)
 
 
-def _sampled(run: Run, state: State, clock: list[float]) -> Rollout:
+def _stop_if_asked(run: Run, state: State, stop: list[bool]) -> None:
+    """Raise if any process was asked to stop: all come here together."""
+    if any_of(stop[0], run.peers):
+        raise Interrupted(_STOPPED.format(state.step))
+
+
+def _sampled(run: Run, state: State, stop: list[bool], clock: list[float]) -> Rollout:
     """An epoch's images and their scores; the times of sampling and scoring go into ``clock``."""
     config, epoch = run.config, state.epoch
     seed_everything(config.seed, epoch, run.peers)
     prompts = images_of_epoch(run.inputs.pool, config, epoch)
 
     def drawn(share: float) -> None:
+        if stop[0] and run.peers.size == 1:  # several processes stop after sampling, together
+            raise Interrupted(_STOPPED.format(state.step))
         if share == 1:
             clock.append(time.monotonic())
             run.live.phase(epoch, "scoring")

@@ -122,6 +122,30 @@ def stop_after(steps: int, number: signal.Signals, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(train_module, "step_gradient", spy)
 
 
+@pytest.mark.parametrize("phase", ["sample_epoch", "evaluate_held_out"])
+def test_sigterm_while_sampling_or_evaluating_stops_before_another_step(
+    tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    run, steps, original = tmp_path / "run", [0], getattr(train_module, phase)
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        steps[0] += 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, phase, told)
+        patch.setattr(train_module, "step_gradient", spy)
+        with pytest.warns(UserWarning, match="stopping after this step"), pytest.raises(Interrupted, match="step 0"):
+            train(config(run))
+    assert steps == [0]
+    train(config(run), resume=True)
+    assert_same(final_state(run), final_state(unbroken))
+    assert without_times(run) == without_times(unbroken)
+
+
 @pytest.mark.parametrize(("steps", "number"), [(1, signal.SIGINT), (4, signal.SIGTERM)])
 def test_ctrl_c_and_sigterm_finish_the_step_save_and_go_on_bit_exactly(
     tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, steps: int, number: signal.Signals
