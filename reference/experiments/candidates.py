@@ -24,7 +24,7 @@ from marble_core import (
     shrink_to_prior,
     soft_min_weights,
 )
-from marble_core.rules import Evidence, Rule, cone, marble, marble_paper, noise_aware, soft_min, uniform
+from marble_core.rules import Evidence, Rule, catch_up, cone, marble, marble_paper, noise_aware, soft_min, uniform
 
 
 def upgrad_weights(gram: Tensor) -> Tensor:
@@ -120,6 +120,7 @@ CANDIDATES: dict[str, Callable[[int], Rule]] = {
     "marble-paper": marble_paper,
     "marble-paper, between solves": marble_paper_between,
     "noise-aware": noise_aware,
+    "catch-up": catch_up,
     "cone": cone,
     "upgrad": upgrad,
     "min-norm, halves": min_norm_halves,

@@ -49,7 +49,10 @@ _FRESH = 100_000  # the number of the batch that all directions are compared wit
 
 
 # The raw sum of rewards has a gradient of its own.
-RULES = ("uniform", "soft-min", "marble", "marble-paper, between solves", "noise-aware", "cone", "upgrad")
+RULES = (
+    *("uniform", "soft-min", "marble", "marble-paper, between solves"),
+    *("noise-aware", "catch-up", "cone", "upgrad"),
+)
 SUM = "weighted-sum"
 
 
