@@ -9,7 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 INSTALL ?= yes
-# Worker processes for the tests. A worker imports everything anew, which for `make test` costs what it saves.
+# Worker processes for the tests. Each imports everything anew, which only the whole suite is long enough for.
 WORKERS ?= 0
 # The suite is many small tensors: threads inside an operation only get in each other's way.
 export OMP_NUM_THREADS ?= 1
@@ -29,6 +29,7 @@ endif
 .DEFAULT_GOAL := test
 .PHONY: setup test fast faults coverage demo check props docs bench clean
 
+test: WORKERS = 2
 test: check ## everything that has to pass before a change lands
 	$(PY) -m pytest -n $(WORKERS)
 
