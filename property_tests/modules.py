@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,16 @@ class Scaled(nn.Linear):
         return 2 * super().forward(input)
 
 
+OTHERS: dict[str, Callable[[], nn.Module]] = {  # what a kind has beside its layer
+    "norm": lambda: nn.LayerNorm(WIDTH),
+    "batch norm": lambda: nn.BatchNorm1d(WIDTH),
+    "attention": lambda: nn.MultiheadAttention(WIDTH, 1, batch_first=True),
+    "convolution": lambda: nn.Conv1d(WIDTH, WIDTH, 1),
+    "low rank": lambda: nn.Sequential(nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, WIDTH, bias=False)),
+    "experts": lambda: nn.Linear(WIDTH, WIDTH),
+}
+
+
 class Node(nn.Module):
     """One layer that does one thing; ``kind`` names it."""
 
@@ -38,14 +49,8 @@ class Node(nn.Module):
             parametrizations.weight_norm(self.layer)
         if kind == "orthogonal":
             parametrizations.orthogonal(self.layer)
-        if kind in ("norm", "batch norm", "attention", "convolution", "low rank"):
-            self.other: nn.Module = {
-                "norm": lambda: nn.LayerNorm(WIDTH),
-                "batch norm": lambda: nn.BatchNorm1d(WIDTH),
-                "attention": lambda: nn.MultiheadAttention(WIDTH, 1, batch_first=True),
-                "convolution": lambda: nn.Conv1d(WIDTH, WIDTH, 1),
-                "low rank": lambda: nn.Sequential(nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, WIDTH, bias=False)),
-            }[kind]()
+        if kind in OTHERS:
+            self.other = OTHERS[kind]()
         if kind == "linear hook":
             self.layer.weight.register_hook(lambda g: 0.5 * g)
         if kind == "hook that is not linear":
@@ -54,8 +59,6 @@ class Node(nn.Module):
             self.layer.register_full_backward_hook(clip)
         if kind in ("frozen", "low rank"):
             self.layer.requires_grad_(False)
-        if kind == "experts":
-            self.other = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, WIDTH, WIDTH]
         y = getattr(self, "_" + self.kind.replace(" ", "_"), self._plain)(x)

@@ -47,7 +47,8 @@ def test_k_passes_or_an_error_that_names_a_parameter_in_trees(case: Case, fallba
 )
 def test_what_is_served_is_never_refused(case: Case, dtype: torch.dtype) -> None:
     case = case._replace(module=case.module.to(dtype), x=case.x.detach().to(dtype))
-    shared_cotangent_rows(case.forward, case.module, case.weights, verify=True)
+    found = shared_cotangent_rows(case.forward, case.module, case.weights, verify=True)
+    assert set(found.rows) == {name for name, p in case.module.named_parameters() if p.requires_grad}
 
 
 @given(cases(trees((*FINE, "autocast"))))

@@ -10,16 +10,16 @@ from marble_core.rules.noise_aware import noise_aware
 
 
 def catch_up(num_rewards: int, *, ahead: float = 0.25, prior: Tensor | None = None) -> Rule:
-    """The step of fixed length that raises most the rewards that have gained least, and none of them is forgotten.
+    """The step of fixed length that raises the rewards that lag, in proportion to how far each is behind.
 
-    The solve of ``noise_aware``, asked for cosines in proportion to how far each reward is behind (``lag_weights`` of
-    ``evidence.gains``). A reward that is more than ``ahead`` in front of the last one is left to itself: it may give
-    something back, as long as it is in front. Without gains all rewards are wanted alike. A step without
-    ``evidence.cross`` goes on with the last coefficients.
+    The solve of ``noise_aware``, asked for cosines in proportion to ``lag_weights`` of ``evidence.gains``. A reward
+    that is more than ``ahead`` in front of the last one is left to itself: it may give something back, as long as
+    it is in front. Without gains all rewards are wanted alike. A step without ``evidence.cross`` goes on with the
+    last coefficients.
 
     Args:
         num_rewards: K.
-        ahead: standard deviations that a reward may be in front of the last one before the solve forgets it.
+        ahead: standard deviations that a reward may be in front of the last one before it is left to itself.
         prior: ``[K]``, how much of each reward is wanted; equal shares without it.
 
     Example:

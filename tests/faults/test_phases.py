@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +16,15 @@ import pytest
 from reference.policy.sharding import can_shard
 from reference.run.state import begun
 from reference.train import train
-from tests.faults.test_processes import FLAGS, end, start
-from tests.faults.test_runs import config, contents
+from tests.faults.test_processes import (
+    FLAGS,
+    PROGRAM,
+    assert_all_steps,
+    assert_last_line_says_who_is_gone,
+    end,
+    start,
+)
+from tests.faults.test_runs import config, contents, flags
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -28,11 +33,9 @@ pytestmark = [
 ]
 
 # The process that is meant sends itself a signal before or after a call, or within a line of the records.
-PROGRAM = """
-import importlib, io, os, signal, sys
-from reference.__main__ import main
-from reference.processes import alive
-alive._PATIENCE, alive._BEAT, alive._SILENCE, alive._STUCK = 2.0, 0.2, 2.0, 2.0
+DYING = """
+import importlib, io, os, signal
+import reference.__main__
 
 def dies(call):
     module, _, path = target.partition(":")
@@ -65,7 +68,6 @@ if os.environ.get("RANK", "0") == rank:
         importlib.import_module("reference.run.live")._opened = lambda path: Cut(path, "ab")
     else:
         dies(int(call))
-sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -111,11 +113,9 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", PHASES if EVERY else SOME)
 def test_a_run_that_dies_in_a_phase_ends_as_an_undisturbed_one(tmp_path: Path, calm: Path, name: str) -> None:
     run, phase = tmp_path / "run", PHASES[name]
-    flags = ["--preset", "tiny", "--balance", "cone", "--rewards", "objects", "colour", "jpeg", "--epochs", "3"]
-    flags += ["--threads", "1", "--log.watch", "--log.eval-every", "1", "--run", str(run)]
     dies = f"{phase.target} {phase.when} {phase.call} SIGKILL 0"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DIES": dies}
-    command = [sys.executable, "-c", PROGRAM, "train", *flags]
+    command = [sys.executable, "-c", DYING + PROGRAM, *flags(run, "cone")]
     found = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert found.returncode == -9, f"{name} is never reached: {found.stderr}"
     train(config(run, balance="cone"), resume=begun(run))
@@ -145,26 +145,18 @@ def test_the_others_end_with_a_line_in_whichever_phase_one_dies(
     """And the run goes on from there, on one process."""
     run, phase = tmp_path / "run", SHARED[name]
     dies = f"{phase.target} {phase.when} {phase.call} {number} {victim}"
-    processes = start(run, FLAGS["a shared base"], program=PROGRAM, environment={"DIES": dies})
+    processes = start(run, FLAGS["a shared base"], program=DYING + PROGRAM, environment={"DIES": dies})
     (said,) = end([processes[1 - victim]])
     gone = processes[victim].poll()
     processes[victim].kill()
     processes[victim].communicate()
     assert gone == (-9 if number == "SIGKILL" else None), f"{name} is never reached: {said}"
     assert "hangs" not in said
-    assert_one_line_says_why(said)
+    assert_last_line_says_who_is_gone(said)
+    assert "Traceback" not in said
+    assert "frame #" not in said  # of C++
     assert processes[1 - victim].returncode != 0
     again = start(run, [*FLAGS["a shared base"], *(["--resume"] if begun(run) else [])], size=1)
     said_again = end(again)
     assert [p.returncode for p in again] == [0], said_again
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [r["step"] for r in steps if r["kind"] == "step"] == list(range(1, 9))
-
-
-def assert_one_line_says_why(said: str) -> None:
-    """The last line, and no traceback, of Python or of C++."""
-    lines: Sequence[str] = [line for line in said.splitlines() if line.strip()]
-    gone = ("is gone", "nothing was heard of", "ends: it waits in a pass", "another process", "does not answer")
-    assert any(word in lines[-1] for word in gone), said
-    assert "Traceback" not in said
-    assert "frame #" not in said
+    assert_all_steps(run)

@@ -71,6 +71,23 @@ def end(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
     return said
 
 
+def assert_last_line_says_who_is_gone(said: str) -> None:
+    last = [line for line in said.splitlines() if line.strip()][-1]
+    gone = (
+        "is gone",
+        "nothing was heard of processes",
+        "ends: it waits in a pass",
+        "another process",
+        "does not answer",
+    )
+    assert any(word in last for word in gone), said
+
+
+def assert_all_steps(run: Path) -> None:
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [r["step"] for r in steps if r["kind"] == "step"] == list(range(1, 9))
+
+
 def wait_for_lines(run: Path, count: int, processes: Sequence[subprocess.Popen[str]]) -> None:
     """Until a run has so many records, or its processes are gone."""
     file = run / "metrics.jsonl"
@@ -108,21 +125,12 @@ def test_one_that_is_killed_or_stands_still_ends_the_other_with_a_line(
         if processes[1 - victim].returncode == 0:  # it was done before
             continue
         assert took < 60, said
-        last = [line for line in said.splitlines() if line.strip()][-1]
-        gone = (
-            "is gone",
-            "nothing was heard of processes",
-            "ends: it waits in a pass",
-            "another process",
-            "does not answer",
-        )
-        assert any(word in last for word in gone), said
+        assert_last_line_says_who_is_gone(said)
         assert begun(run), said
         again = start(run, [*FLAGS[how], "--resume"], size=1 + attempt % 2)
         said_again = end(again)
         assert [p.returncode for p in again] == [0] * len(again), said_again
-        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        assert [r["step"] for r in steps if r["kind"] == "step"] == list(range(1, 9))
+        assert_all_steps(run)
 
 
 def test_a_lost_process_is_said_in_one_line() -> None:

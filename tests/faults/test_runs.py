@@ -42,6 +42,12 @@ def config(run: Path, **changes: Any) -> Config:
     return dataclasses.replace(tiny, run=run, log=log, **given)
 
 
+def flags(run: Path, balance: str) -> list[str]:
+    """A command line that says what ``config`` says."""
+    found = ["train", "--preset", "tiny", "--balance", balance, "--rewards", "objects", "colour", "jpeg"]
+    return [*found, "--epochs", "3", "--threads", "1", "--log.watch", "--log.eval-every", "1", "--run", str(run)]
+
+
 def contents(run: Path) -> tuple[str, list[dict[str, Any]]]:
     """A hash of all adapters at the end, and the records without times."""
     found = hashlib.sha256()
@@ -57,9 +63,7 @@ def contents(run: Path) -> tuple[str, list[dict[str, Any]]]:
 def test_a_run_that_is_killed_at_random_ends_as_an_undisturbed_one(tmp_path: Path, balance: str) -> None:
     train(config(tmp_path / "calm", balance=balance))
     rng, run = random.Random(balance), tmp_path / "killed"
-    flags = ["train", "--preset", "tiny", "--balance", balance, "--rewards", "objects", "colour", "jpeg"]
-    flags += ["--epochs", "3", "--threads", "1", "--log.watch", "--log.eval-every", "1", "--run", str(run)]
-    command = [sys.executable, "-m", "reference", *flags]
+    command = [sys.executable, "-m", "reference", *flags(run, balance)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     killed = 0
     for _ in range(20 * KILLS):

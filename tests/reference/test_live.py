@@ -64,7 +64,7 @@ def test_without_a_terminal_a_line_an_epoch_has_time_and_what_is_left(
     now[0] += 90
     live.show(2, {"objects": 0.5})
     live.close()
-    assert capsys.readouterr().out == ("epoch 2: objects 0.50 | 1 min 30 s, 90.0 s an epoch, 3 min 0 s left\n")
+    assert capsys.readouterr().out == "epoch 2: objects 0.50 | 1 min 30 s, 90.0 s an epoch, 3 min 0 s left\n"
 
 
 def test_within_an_epoch_the_bar_counts_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
