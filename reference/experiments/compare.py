@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 from reference.config.checks import validate
 from reference.config.settings import Config
 from reference.config.toml import from_toml, to_toml
-from reference.errors import ConfigError, TrainingError
+from reference.errors import ConfigError, Interrupted, TrainingError
 from reference.experiments.comparison import Comparison, finished, judged_by, write_tables
 from reference.run.inputs import prepare
 from reference.run.state import begun, essentials
@@ -133,17 +136,23 @@ def screened(
 
 
 def train_all(waiting: Sequence[Config], jobs: int) -> None:
-    """So many runs at a time. After a failure or Ctrl-C, which reaches the runs as well, no other one begins."""
-    with ThreadPoolExecutor(max_workers=max(jobs, 1)) as pool:
-        try:
-            for left, run in enumerate(as_completed([pool.submit(_train, config) for config in waiting]), start=1):
-                print(f"{run.result()}: done, {len(waiting) - left} left", flush=True)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    """So many runs at a time. After a failure, Ctrl-C or SIGTERM no other one begins, and those under way end first.
+
+    Raises:
+        TrainingError: a run failed.
+        Interrupted: by SIGTERM, which is passed on to the runs; Ctrl-C reaches them by itself.
+    """
+    left, under_way, processes = list(waiting), set[Future[str]](), set[subprocess.Popen[bytes]]()
+    with ThreadPoolExecutor(max_workers=max(jobs, 1)) as pool, _sigterm_for(processes):
+        while left or under_way:
+            while left and len(under_way) < max(jobs, 1):
+                under_way.add(pool.submit(_train, left.pop(0), processes))
+            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+            for future in done:
+                print(f"{future.result()}: done, {len(left) + len(under_way)} left", flush=True)
 
 
-def _train(config: Config) -> str:
+def _train(config: Config, processes: set[subprocess.Popen[bytes]]) -> str:
     """One run in a process of its own; resumed if it was begun."""
     name = f"{config.run.parent.name}/{config.run.name}"
     config.run.parent.mkdir(parents=True, exist_ok=True)
@@ -153,8 +162,27 @@ def _train(config: Config) -> str:
     command += ["--resume"] if begun(config.run) else []
     log = config.run.with_suffix(".log")
     with log.open("a", encoding="utf-8") as out:
-        status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    processes.add(process)
+    status = process.wait()
+    processes.discard(process)
     if status:
         last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
         raise TrainingError(f"{name} ended with status {status}; {log} ends with\n{last}")
     return name
+
+
+@contextlib.contextmanager
+def _sigterm_for(processes: set[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Within it SIGTERM stops the runs as well: without it they would go on, with nobody to wait for them."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        for process in set(processes):
+            process.send_signal(number)
+        raise Interrupted("stopped, and so are the runs under way; give the same command again to go on")
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

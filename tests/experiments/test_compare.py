@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ from reference.__main__ import main
 from reference.config.presets import preset
 from reference.config.settings import Config, LogConfig, SolveConfig
 from reference.config.toml import to_toml
-from reference.errors import ConfigError, TrainingError
+from reference.errors import ConfigError, Interrupted, TrainingError
 from reference.experiments import comparison
 from reference.experiments.compare import Screening, compare, plan_runs, screened, settings_of_rules
 from reference.experiments.comparison import finished, read_run, rows_a_solve
@@ -256,14 +260,42 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None
     monkeypatch.setattr(sys, "executable", str(fake))
 
 
-def test_a_failed_run_is_named_and_no_other_one_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = plan_runs(settings_of_rules(SETTINGS, ("uniform", "soft-min")), 2, tmp_path)
-    slow = f"sleep 1; touch {tmp_path / 'ended'}"
-    stand_in(tmp_path, monkeypatch, f"case $7 in *uniform*) echo out of memory; exit 3;; *) {slow};; esac")
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_failed_run_is_named_and_no_other_one_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    plans = plan_runs(settings_of_rules(SETTINGS, ("uniform", "soft-min")), 4, tmp_path)
+    begun = tmp_path / "begun"
+    fails = f"echo $7 >> {begun}; case $7 in *uniform*) echo out of memory; exit 3;; *) sleep 1; touch $7.ended;; esac"
+    stand_in(tmp_path, monkeypatch, fails)
     message = r"uniform/seed-0 ended with status 3; .*seed-0\.log ends with\nout of memory"
     with pytest.raises(TrainingError, match=message):
+        compare(plans, tmp_path, jobs=jobs, tables_only=False)
+    first = [str(plans["uniform"][0].run), str(plans["soft-min"][0].run)][:jobs]
+    assert sorted(begun.read_text(encoding="utf-8").split()) == sorted(first)
+    assert all(Path(f"{run}.ended").exists() for run in first[1:])  # the run beside it was waited for
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+def test_sigterm_stops_the_runs_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = plan_runs(settings_of_rules(SETTINGS, ("uniform", "soft-min")), 4, tmp_path)
+    saves = f"trap 'echo $7 >> {tmp_path / 'saved'}; exit 130' TERM; sleep 60 & wait"
+    stand_in(tmp_path, monkeypatch, f"echo $7 >> {tmp_path / 'begun'}; {saves}")
+
+    def send() -> None:
+        while not (tmp_path / "begun").exists() or len((tmp_path / "begun").read_text("utf-8").split()) < 2:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=send).start()
+    with pytest.raises(Interrupted, match="give the same command again"):
         compare(plans, tmp_path, jobs=2, tables_only=False)
-    assert (tmp_path / "ended").exists()  # the run beside it was waited for
+    runs = sorted((tmp_path / "begun").read_text(encoding="utf-8").split())
+    assert runs == sorted((tmp_path / "saved").read_text(encoding="utf-8").split())
+    assert len(runs) == 2
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.slow
