@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from marble_core._check import describe, require, require_float
+from marble_core._check import describe, require, require_float, require_vector
 
 
 class Evidence(NamedTuple):
@@ -50,6 +50,12 @@ def matrix_of(name: str, x: Tensor, K: int) -> Tensor:
     """A ``[K, K]`` matrix of the evidence in float64 on the CPU, where K x K numbers are solved."""
     require_float(f"evidence.{name}", x, "[K, K]", (2,))
     require(x.shape == (K, K), f"evidence.{name}", f"[K, K] = [{K}, {K}]", describe(x))
+    return x.detach().double().cpu()
+
+
+def vector_of(name: str, x: Tensor, K: int) -> Tensor:
+    """A vector ``[K]`` of the evidence in float64 on the CPU."""
+    require_vector(f"evidence.{name}", x, K, "K")
     return x.detach().double().cpu()
 
 

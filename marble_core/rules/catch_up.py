@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from marble_core.prior import lag_weights
-from marble_core.rules.base import Evidence, Rule, prior_of, require_count
+from marble_core.rules.base import Evidence, Rule, prior_of, require_count, vector_of
 from marble_core.rules.noise_aware import noise_aware
 
 
@@ -36,7 +36,7 @@ def catch_up(num_rewards: int, *, ahead: float = 0.25, prior: Tensor | None = No
     lag_weights(weights * 0, weights, ahead)  # the same checks as at every update
 
     def update(state: Tensor, evidence: Evidence) -> tuple[Tensor, Tensor]:
-        gains = weights * 0 if evidence.gains is None else evidence.gains.detach().double().cpu()
+        gains = weights * 0 if evidence.gains is None else vector_of("gains", evidence.gains, num_rewards)
         return noise_aware(num_rewards, prior=lag_weights(gains, weights, ahead)).update(state, evidence)
 
     return Rule(lambda: weights.clone(), update)

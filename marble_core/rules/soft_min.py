@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from marble_core.prior import soft_min_weights
-from marble_core.rules.base import Evidence, Rule, prior_of, require_count
+from marble_core.rules.base import Evidence, Rule, prior_of, require_count, vector_of
 
 
 def soft_min(num_rewards: int, *, strength: float = 4.0, keep: float = 0.5, prior: Tensor | None = None) -> Rule:
@@ -34,7 +34,7 @@ def soft_min(num_rewards: int, *, strength: float = 4.0, keep: float = 0.5, prio
     def update(state: Tensor, evidence: Evidence) -> tuple[Tensor, Tensor]:
         if evidence.gains is None:
             return state, state
-        gains = evidence.gains.detach().double().cpu()
+        gains = vector_of("gains", evidence.gains, num_rewards)
         state = soft_min_weights(gains, weights, strength, keep=keep)
         return state, state
 

@@ -155,3 +155,24 @@ def test_gradients_that_leave_no_direction_change_nothing() -> None:
 def test_what_cannot_be_used_is_named(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+SHAPES = {"gram": (K, K), "cross": (K, K), "gains": (K,)}
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("field", SHAPES)
+def test_evidence_of_another_shape_or_dtype_is_named(name: str, field: str) -> None:
+    """By every rule that looks at it; the others do not mind."""
+    rule, shape = RULES[name], SHAPES[field]
+    good: dict[str, Any] = {key: torch.eye(K) if len(s) == 2 else torch.zeros(K) for key, s in SHAPES.items()}
+    wrong = [torch.ones(*(n + 1 for n in shape)), torch.ones(1, *shape), torch.ones(shape).long(), [0.0] * K]
+    looks = {"soft-min": ("gains",), "catch-up": tuple(SHAPES), "cone": ("gram", "cross")}
+    looks |= dict.fromkeys(("marble", "marble-paper"), ("gram",)) | {"noise-aware": ("gram", "cross")}
+    for x in wrong:
+        evidence = Evidence(**{**good, field: x})
+        if field in looks.get(name, ()):
+            with pytest.raises(ValueError, match=rf"evidence\.{field}: expected "):
+                rule.update(rule.init(), evidence)
+        else:
+            rule.update(rule.init(), evidence)
