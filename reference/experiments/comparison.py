@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from reference.config.settings import Config, training_times
 from reference.config.toml import to_toml
 from reference.errors import ConfigError
-from reference.experiments.statistics import Array, Estimate, crossed_interval, percentile, smallest, student
+from reference.experiments.statistics import Array, Estimate, crossed_interval, runs_that_lower, student, worst
 from reference.run.reading import PALETTE, number, records
 from reference.step.method import method_of
 
@@ -131,7 +131,7 @@ def summarize(runs: Mapping[str, Sequence[Run]], gains: Mapping[str, Array], con
     first, *others = runs
     names, K, sigma = _names(config), len(config.rewards), runs[first][0].std
     standard = {label: x / sigma for label, x in gains.items()}
-    draws = smallest({label: x[:, :, :K] for label, x in standard.items()})
+    smallest = {label: worst(x[:, :, :K]) for label, x in standard.items()}
     budget = min(float(np.mean([run.cpu[-1] for run in found])) for found in runs.values())
     equal = {label: np.stack([_at(run, budget) for run in found]) / sigma for label, found in runs.items()}
     cosines = {label: np.stack([run.cosines for run in found]).T for label, found in runs.items()}
@@ -142,10 +142,12 @@ def summarize(runs: Mapping[str, Sequence[Run]], gains: Mapping[str, Array], con
         "within_std": dict(zip(names, sigma.tolist(), strict=True)),
         "gains": _estimates(gains, names),
         "standardized": _estimates(standard, names),
-        "smallest": {label: percentile(x) for label, x in draws.items()},
-        "differences": {label: percentile(draws[first] - draws[label]) for label in others},
+        "smallest": {label: crossed_interval(x) for label, x in smallest.items()},
+        "runs_that_lower": {label: runs_that_lower(x[:, :, :K]) for label, x in standard.items()},
+        "differences": {label: crossed_interval(smallest[first] - smallest[label]) for label in others},
         "budget": budget / 60,
         "equal_compute": _estimates(equal, names),
+        "equal_smallest": {label: crossed_interval(worst(x[:, :, :K])) for label, x in equal.items()},
         "cosines": {label: dict(zip(columns, map(student, x), strict=True)) for label, x in cosines.items()},
     }
 
@@ -179,9 +181,10 @@ _TITLES = {
     "gains": "**Held-out gains** from the first to the last evaluation, the same prompts and noise; 95 % intervals "
     "over seeds and prompts, both random. Lowered and raised: the interval is on one side of 0.",
     "standardized": "**Standardized gains**: in standard deviations of the reward over the images of one prompt with "
-    "the base model; the smallest over the trained rewards with its interval from a bootstrap over seeds and prompts.",
-    "differences": "**Smallest standardized gain of the first rule minus that of the others**, paired by seeds and "
-    "prompts.",
+    "the base model. Smallest: a run's gain in its own worst reward, the mean over runs. Last column: runs in which a "
+    "reward is lower for certain, by the interval over that run's prompts.",
+    "differences": "**Smallest standardized gain of a run with the first rule minus that with the others**, paired by "
+    "seeds and prompts.",
     "equal compute": "**Equal compute**: standardized gains when each run has used as many CPU seconds as the "
     "cheapest rule used in all, interpolated between evaluations.",
     "cosines": "**Cosines** of the applied gradient with the rewards' gradients on the batch that made it and on the "
@@ -240,15 +243,13 @@ def _direction(e: Estimate) -> str:
 
 
 def _standardized_table(numbers: dict[str, Any], config: Config) -> str:
-    """Gains in standard deviations, and the smallest."""
+    """Gains in standard deviations, the smallest of a run, and runs that lower a reward."""
     rows = []
     for label, x in numbers["standardized"].items():
-        mean = {k: x[k].mean for k in config.rewards}
-        cells = [f"{m:+.2f}" for m in mean.values()]
-        rows.append(
-            [label, *cells, f"{interval_text(numbers['smallest'][label], 2)} ({min(mean, key=mean.__getitem__)})"]
-        )
-    return markdown_table(["rule", *config.rewards, "smallest"], rows)
+        lower = f"{numbers['runs_that_lower'][label]} of {numbers['runs'][label]['seeds']}"
+        cells = [f"{x[k].mean:+.2f}" for k in config.rewards]
+        rows.append([label, *cells, interval_text(numbers["smallest"][label], 2), lower])
+    return markdown_table(["rule", *config.rewards, "smallest of a run", "runs that lower one"], rows)
 
 
 def _difference_table(numbers: dict[str, Any]) -> str:
@@ -264,9 +265,9 @@ def _equal_table(numbers: dict[str, Any], config: Config) -> str:
     """Standardized gains at the compute of the cheapest rule."""
     rows = []
     for label, x in numbers["equal_compute"].items():
-        found = [x[k] for k in config.rewards]
-        rows.append([label, *(interval_text(e, 2) for e in found), f"{min(e.mean for e in found):+.2f}"])
-    table = markdown_table(["rule", *config.rewards, "smallest"], rows)
+        found = [*(x[k] for k in config.rewards), numbers["equal_smallest"][label]]
+        rows.append([label, *(interval_text(e, 2) for e in found)])
+    table = markdown_table(["rule", *config.rewards, "smallest of a run"], rows)
     return f"Budget: {numbers['budget']:.1f} CPU minutes.\n\n{table}"
 
 

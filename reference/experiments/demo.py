@@ -12,7 +12,7 @@ import numpy as np
 
 from reference.config.settings import Config
 from reference.experiments.compare import train_all
-from reference.experiments.statistics import Array, percentile, smallest
+from reference.experiments.statistics import Array, crossed_interval, worst
 from reference.run.intervals import Interval, interval, verdict
 from reference.run.reading import number, records
 from reference.run.report import write_comparison
@@ -98,10 +98,9 @@ def _sentences(
         said = f"lowers {', '.join(lowered)}" if lowered else "lowers no reward"
         said += ", raises all" if len(raised) == len(names) else f", raises {len(raised)} of {len(names)}"
         lines.append(f"{rule} {said}.")
-    draws = smallest({rule: x[None] for rule, x in gains.items()})
     first, *others = gains
     for rule in others:
-        mean, low, high = percentile(draws[rule] - draws[first])
+        mean, low, high = crossed_interval(worst(gains[rule][None]) - worst(gains[first][None]))
         word = "larger" if low > 0 else "smaller" if high < 0 else "not told apart"
         lines.append(f"Smallest gain of {rule} minus that of {first}: {mean:+.2f} [{low:+.2f}, {high:+.2f}]: {word}.")
     return [*lines, "One seed: intervals are over prompts alone, and say nothing about other seeds."]

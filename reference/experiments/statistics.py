@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-_RESAMPLES = 4000
 
 
 class Estimate(NamedTuple):
@@ -61,34 +59,27 @@ def student(values: Array) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def smallest(values: Mapping[str, Array]) -> dict[str, Array]:
-    """Bootstrap of each rule's smallest mean gain over rewards: ``[1 + resamples]``, the data's own first.
+def worst(gains: Array) -> Array:
+    """The gains ``[S, P]`` of each run in its own worst reward, from ``[S, P, K]`` of all rewards.
 
-    Seeds and prompts are both drawn again, with the same draws for every rule, so that differences are paired.
+    The mean over prompts is a run's smallest gain, and ``crossed_interval`` gives its mean over runs with an interval:
+    what to expect of one run. (The smallest *mean* over runs would let runs cancel that fail in different rewards.)
+    It is a little low where rewards are tied more closely than the prompts can tell. A reward that is NaN where it
+    does not apply keeps its mean and its standard error. A run with a reward that never applies is all NaN.
 
-    Args:
-        values: gains ``[S, P, K]`` of each rule on the same seeds and prompts; NaN where a reward does not apply.
+    Example:
+        >>> worst(np.array([[[1.0, 3.0], [1.0, 5.0]], [[4.0, 2.0], [4.0, 0.0]]]))
+        array([[1., 1.],
+               [2., 0.]])
     """
-    S, P = next(iter(values.values())).shape[:2]
-    rng = np.random.default_rng(0)
-    draws = [(np.ones(S), np.ones(P))] + [
-        (np.bincount(rng.integers(S, size=S), minlength=S), np.bincount(rng.integers(P, size=P), minlength=P))
-        for _ in range(_RESAMPLES)
-    ]
-    seeds, prompts = (np.stack([draw[i] for draw in draws]).astype(float) for i in range(2))
-
-    def minima(x: Array) -> Array:
-        known = ~np.isnan(x)
-        total = np.einsum("bs,bp,spk->bk", seeds, prompts, np.where(known, x, 0.0), optimize=True)
-        weight = np.einsum("bs,bp,spk->bk", seeds, prompts, known.astype(float), optimize=True)
-        mean: Array = (total / np.where(weight > 0, weight, np.nan)).min(1)
-        return mean
-
-    return {label: minima(x) for label, x in values.items()}
+    known = ~np.isnan(gains)
+    n = known.sum(1, keepdims=True)
+    mean = np.where(known, gains, 0.0).sum(1, keepdims=True) / np.where(n > 0, n, np.nan)
+    filled = mean + np.where(known, gains - mean, 0.0) * gains.shape[1] / np.where(n > 0, n, np.nan)
+    chosen: Array = np.take_along_axis(filled, mean.argmin(-1, keepdims=True), -1)[..., 0]
+    return chosen
 
 
-def percentile(draws: Array) -> Estimate:
-    """The first entry, with the 95 % percentile interval of the others."""
-    known = draws[1:][~np.isnan(draws[1:])]
-    low, high = np.percentile(known, (2.5, 97.5)) if len(known) else (math.nan, math.nan)
-    return Estimate(float(draws[0]), float(low), float(high))
+def runs_that_lower(gains: Array) -> int:
+    """How many runs lower a reward for certain: Student's interval over prompts ``[S, P, K]`` is below 0."""
+    return sum(any(student(column).high < 0 for column in run.T) for run in gains)

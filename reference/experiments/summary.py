@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reference.experiments.paper import Table, composite
-from reference.experiments.statistics import Array, Estimate, percentile
+from reference.experiments.statistics import Array, Estimate
 
 _RESAMPLES = 10_000
 _BLOCK = 500  # resamples at a time
@@ -100,6 +100,13 @@ def _ratio(totals: Array, counts: Array) -> Array:
     """Means; NaN over nothing."""
     means: Array = totals / np.where(counts > 0, counts, np.nan)
     return means
+
+
+def percentile(draws: Array) -> Estimate:
+    """The first entry, with the 95 % percentile interval of the others."""
+    known = draws[1:][~np.isnan(draws[1:])]
+    low, high = np.percentile(known, (2.5, 97.5)) if len(known) else (math.nan, math.nan)
+    return Estimate(float(draws[0]), float(low), float(high))
 
 
 def analyse(found: Evaluation, table: Table) -> Result:

@@ -25,7 +25,7 @@ from reference.errors import ConfigError, Interrupted, TrainingError
 from reference.experiments import comparison
 from reference.experiments.compare import Screening, compare, plan_runs, screened, settings_of_rules
 from reference.experiments.comparison import finished, read_run, rows_a_solve
-from reference.experiments.statistics import Array, crossed_interval, percentile, smallest, student
+from reference.experiments.statistics import Array, crossed_interval, runs_that_lower, student, worst
 from tests.experiments.made_runs import records, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,11 +74,41 @@ def test_the_smallest_gain_is_paired() -> None:
     rng = np.random.default_rng(1)
     x = rng.normal(size=(5, 30, 2)) + np.array([0.0, 3.0])
     x[:, ::3, 1] = math.nan
-    draws = smallest({"a": x + 0.5, "b": x})
-    found = percentile(draws["a"] - draws["b"])
-    assert found == pytest.approx((0.5, 0.5, 0.5))
-    assert percentile(draws["b"]).mean == pytest.approx(np.nanmean(x[:, :, 0]))
-    assert percentile(draws["b"]).low < np.nanmean(x[:, :, 0]) < percentile(draws["b"]).high
+    assert crossed_interval(worst(x + 0.5) - worst(x)) == pytest.approx((0.5, 0.5, 0.5))
+    assert crossed_interval(worst(x)) == pytest.approx(crossed_interval(x[:, :, 0]))
+
+
+def test_runs_that_fail_in_different_rewards_do_not_cancel() -> None:
+    """The mean of each reward is +1, but every run has lost one of them."""
+    x = np.empty((2, 20, 2))
+    x[0], x[1] = np.array([-1.0, 3.0]), np.array([3.0, -1.0])
+    x += np.linspace(-0.1, 0.1, 20)[None, :, None]
+    assert crossed_interval(worst(x)).mean == pytest.approx(-1.0)
+    assert runs_that_lower(x) == 2
+    assert runs_that_lower(x[:1] + 1.0) == runs_that_lower(np.full((3, 5, 2), math.nan)) == 0
+
+
+def test_a_reward_that_applies_to_some_prompts_keeps_its_mean_and_its_error() -> None:
+    x = np.random.default_rng(3).normal(size=(1, 40, 2)) + np.array([0.0, 9.0])
+    x[0, :25, 0] = math.nan
+    found, alone = worst(x)[0], x[0, 25:, 0]
+    assert found.mean() == pytest.approx(alone.mean())
+    assert found.std() / math.sqrt(40) == pytest.approx(alone.std() / math.sqrt(15))
+    x[:, :, 0] = math.nan
+    assert np.isnan(worst(x)).all()
+
+
+@pytest.mark.parametrize(("means", "seed_sd"), [((0.3,) * 4, 0.02), ((0.3,) * 4, 0.3), ((0.0, 0.2, 0.4, 0.6), 0.3)])
+def test_intervals_of_the_smallest_gain_cover(means: tuple[float, ...], seed_sd: float) -> None:
+    """Where rewards are tied more closely than prompts can tell, the estimate and its upper end are low."""
+    rng, below, above, n = np.random.default_rng(0), 0, 0, 300
+    expected = (np.array(means) + seed_sd * rng.normal(size=(100_000, 4))).min(1).mean()
+    for _ in range(n):
+        x = np.array(means) + seed_sd * rng.normal(size=(5, 1, 4)) + 0.4 * rng.normal(size=(1, 60, 4))
+        found = crossed_interval(worst(x + 0.4 * rng.normal(size=(5, 60, 4))))
+        below, above = below + (expected < found.low), above + (expected > found.high)
+    assert below / n < 0.06
+    assert above / n < (0.25 if seed_sd < 0.1 else 0.06)
 
 
 def test_a_planted_winner_is_found() -> None:
@@ -86,15 +116,11 @@ def test_a_planted_winner_is_found() -> None:
     rng = np.random.default_rng(2)
     common = 0.3 * rng.normal(size=(5, 1, 1)) + rng.normal(size=(1, 60, 2))
     noise = [0.5 * rng.normal(size=(5, 60, 2)) for _ in range(3)]
-    values = {
-        "winner": common + noise[0] + np.array([1.0, 2.0]),
-        "loser": common + noise[1] + np.array([2.0, 0.0]),
-        "twin": common + noise[2] + np.array([1.0, 2.0]),
-    }
-    draws = smallest(values)
-    assert percentile(draws["winner"] - draws["loser"]).low > 0
-    twin = percentile(draws["winner"] - draws["twin"])
-    assert twin.low < 0 < twin.high
+    winner = worst(common + noise[0] + np.array([1.0, 2.0]))
+    loser = worst(common + noise[1] + np.array([2.0, 0.0]))
+    twin = worst(common + noise[2] + np.array([1.0, 2.0]))
+    assert crossed_interval(winner - loser).low > 0
+    assert crossed_interval(winner - twin).low < 0 < crossed_interval(winner - twin).high
 
 
 def made_up(folder: Path, seeds: int = 2) -> dict[str, list[Config]]:
@@ -120,12 +146,12 @@ def test_tables_of_made_up_runs(tmp_path: Path) -> None:
     assert gains["objects (not trained)"][1] == "+0.300 [+0.300, +0.300] raised"
     soft_min, uniform = rows(text, "| soft-min |"), rows(text, "| uniform |")
     assert soft_min[0] == ["soft-min", "2", "20", "2", "2.0"]
-    assert soft_min[1] == ["soft-min", "+0.50", "+0.60", "+0.50 [+0.50, +0.50] (text)"]
-    assert uniform[1] == ["uniform", "+1.00", "-0.20", "-0.20 [-0.20, -0.20] (jpeg)"]
+    assert soft_min[1] == ["soft-min", "+0.50", "+0.60", "+0.50 [+0.50, +0.50]", "0 of 2"]
+    assert uniform[1] == ["uniform", "+1.00", "-0.20", "-0.20 [-0.20, -0.20]", "2 of 2"]
     assert rows(text, "| soft-min - uniform |") == [["soft-min - uniform", "+0.70 [+0.70, +0.70]", "larger"]]
     # equal compute: uniform is done when soft-min is half way
     assert "Budget: 1.0 CPU minutes." in text
-    assert soft_min[2] == ["soft-min", "+0.25 [+0.25, +0.25]", "+0.30 [+0.30, +0.30]", "+0.25"]
+    assert soft_min[2] == ["soft-min", "+0.25 [+0.25, +0.25]", "+0.30 [+0.30, +0.30]", "+0.25 [+0.25, +0.25]"]
     assert soft_min[3][1:] == ["+0.500 [+0.500, +0.500]", *["-0.100 [-0.100, -0.100]"] * 2, "+0.300 [+0.300, +0.300]"]
 
 
