@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 import marble_core
-from marble_core.diagnostics import alignment
-from marble_core.gram import gram_matrix
+from marble_core.diagnostics import _LOWERED, alignment, null_alignment
+from marble_core.gram import gram_matrix, normalize_gram
 from marble_core.harmonize import harmonize
 from marble_core.rules import Evidence, Rule, cone, marble, uniform
-from marble_core.simplex import min_norm_gap
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FORMS = (
@@ -106,14 +105,20 @@ def gradients_of(found: Any) -> tuple[list[str], dict[str, Tensor]]:
 def report(names: Sequence[str], rows: dict[str, Tensor]) -> str:
     """Lengths, cosines, conflicts, and what each rule makes of them, in words."""
     gram, width = gram_matrix(rows), max(8, *(len(name) for name in names))
-    norms = gram.diagonal().sqrt()
-    cosines = gram / norms / norms.unsqueeze(1)
     lines = [f"{len(names)} gradients of {sum(x[0].numel() for x in rows.values()):,} numbers", ""]
+    finite = gram.diagonal().isfinite()
+    if not finite.all():
+        broken = [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]
+        lines += [f"NaN or infinite, left out of all that follows: {', '.join(broken)}.", ""]
+        names, gram = [name for name in names if name not in broken], gram[finite][:, finite]
+        if not names:
+            return "\n".join(lines[:-1])
+    cosines, norms = normalize_gram(gram)
     lines += [f"{'':{width}}  {'length':>10}  cosines"]
     for k, name in enumerate(names):
         lines.append(f"{name:{width}}  {float(norms[k]):10.4g}  " + " ".join(f"{x:+.3f}" for x in cosines[k].tolist()))
     pairs = [(float(cosines[j, k]), names[j], names[k]) for j in range(len(names)) for k in range(j)]
-    opposed = sorted(pair for pair in pairs if pair[0] < 0)
+    opposed = sorted(pair for pair in pairs if pair[0] < _LOWERED)
     lines += ["", f"{len(opposed)} of {len(pairs)} pairs point apart" + (":" if opposed else ".")]
     lines += [f"    {a} against {b}: cosine {cosine:+.3f}" for cosine, a, b in opposed[:5]]
     lines += ["", f"{'rule':16} {'smallest cosine':>15}  coefficients"]
@@ -123,7 +128,7 @@ def report(names: Sequence[str], rows: dict[str, Tensor]) -> str:
     for label, rule in rules.items():
         c = rule.update(rule.init(), Evidence(gram=gram))[1]
         found = alignment(gram, c)
-        lowered = [name for name, cosine in zip(names, found.cosines.tolist(), strict=True) if cosine < -1e-6]
+        lowered = [name for name, cosine in zip(names, found.cosines.tolist(), strict=True) if cosine < _LOWERED]
         what = f"   lowers {', '.join(lowered)}" if lowered else ""
         lines.append(f"{label:16} {float(found.minimum):+15.3f}  " + " ".join(f"{x:.4g}" for x in c.tolist()) + what)
     return "\n".join([*lines, "", *_in_words(names, gram)])
@@ -139,11 +144,13 @@ def _in_words(names: Sequence[str], gram: Tensor) -> list[str]:
     else:
         best = float(solution.cosines[solution.active].min())
         lines.append(f"There is a direction that improves all rewards; its cosine with each is at least {best:+.3f}.")
-    unit = gram / (gram.diagonal().sqrt() * gram.diagonal().sqrt().unsqueeze(1)).clamp(min=torch.finfo(gram.dtype).tiny)
-    gap = float(min_norm_gap(unit, solution.weights))
-    lines.append(f"Certificate: the weights are within {gap:.1e} of the shortest combination of unit gradients.")
-    null = 1 / len(names) ** 0.5
-    lines.append(f"K gradients of nothing but noise would show {null:.3f}: judge a direction on another batch.")
+    gap = max(float(solution.gap), 0.0)
+    square = "the square of the shortest combination of unit gradients"
+    lines.append(f"Certificate: {square} is within {2 * gap:.1e} of the least possible.")
+    K = len(names) - len(silent)
+    if K >= 2:
+        noise = f"{K} gradients of nothing but noise would show {null_alignment(K):.3f} too"
+        lines.append(f"{noise}: judge a direction on another batch.")
     return lines
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from marble_core._check import wide
+
 Keys = tuple[str | None, str | None]  # names of a layer's weight and bias; None where not trainable
 
 
@@ -56,10 +58,10 @@ class SharedLinear(torch.autograd.Function):
             elif ctx.needs_input_grad[1] and (state.mode == "plain" or not weight_key):
                 grad_W = _tokens(delta).flatten(0, 1).mT @ _tokens(x).flatten(0, 1)
             if state.mode == "rows" and bias_key:
-                per_row = _tokens(delta).sum(1, dtype=_wide(delta))
+                per_row = _tokens(delta).sum(1, dtype=wide(delta.dtype))
                 state.add(bias_key, state.weights.to(per_row).mT @ per_row)
             elif ctx.needs_input_grad[2] and (state.mode == "plain" or not bias_key):
-                grad_b = _tokens(delta).sum((0, 1), dtype=_wide(delta))
+                grad_b = _tokens(delta).sum((0, 1), dtype=wide(delta.dtype))
         return grad_x, grad_W, grad_b, None, None
 
 
@@ -70,7 +72,7 @@ class PerRow(torch.autograd.Function):
     def forward(ctx: Any, p: Tensor, state: Collector) -> Tensor:
         """``[B, *shape]`` in the dtype in which rows are summed, without memory of its own."""
         ctx.key, ctx.state, ctx.dtype = state.names[id(p)], state, p.dtype
-        return p.new_empty((), dtype=_wide(p)).expand(state.weights.shape[0], *p.shape)
+        return p.new_empty((), dtype=wide(p.dtype)).expand(state.weights.shape[0], *p.shape)
 
     @staticmethod
     def backward(ctx: Any, per_row: Tensor) -> tuple[Tensor | None, None]:
@@ -113,13 +115,8 @@ class _TracedLinear(torch.autograd.Function):
             if of_weight is not None:
                 rows_W = torch.bmm(delta.mT, x).to(of_weight)
             if of_bias is not None:
-                rows_b = delta.sum(1, dtype=_wide(delta)).to(of_bias)
+                rows_b = delta.sum(1, dtype=wide(delta.dtype)).to(of_bias)
         return grad_x, None, None, rows_W, rows_b
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """The dtype in which rows are summed: float32 at least."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -130,13 +127,13 @@ def _tokens(x: Tensor) -> Tensor:
 def _weight_rows(weights: Tensor, delta: Tensor, x: Tensor) -> Tensor:
     """``sum_b weights_bk delta_b^T x_b``: ``[K, out, in]`` from ``[B, K]``, ``[B, ..., out]``, ``[B, ..., in]``."""
     (B, K), n_out, n_in = weights.shape, delta.shape[-1], x.shape[-1]
-    wide = _wide(delta)
-    w = weights.to(device=x.device, dtype=wide)
+    dtype = wide(delta.dtype)
+    w = weights.to(device=x.device, dtype=dtype)
     delta, x = _tokens(delta), _tokens(x)
     if delta.shape[1] != 1:  # many tokens a row: each row's own gradient first, then K sums that no token enters
-        per_row = torch.bmm(delta.mT, x).to(wide)
+        per_row = torch.bmm(delta.mT, x).to(dtype)
         return (w.mT @ per_row.reshape(B, n_out * n_in)).reshape(K, n_out, n_in)
-    d, x = delta[:, 0].to(wide), x[:, 0].to(wide)
+    d, x = delta[:, 0].to(dtype), x[:, 0].to(dtype)
     if n_out <= n_in:  # one product, the K weights folded into the thinner side
         return ((w.unsqueeze(-1) * d.unsqueeze(1)).reshape(B, K * n_out).mT @ x).reshape(K, n_out, n_in)
     return (d.mT @ (w.unsqueeze(-1) * x.unsqueeze(1)).reshape(B, K * n_in)).reshape(n_out, K, n_in).transpose(0, 1)

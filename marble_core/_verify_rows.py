@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from marble_core._check import require
+from marble_core._check import require, wide
+from marble_core._patched_layers import some
 
 _FIX = (
     "A layer's rows are not those of signal: they are moved or mixed, another dimension of its input is as large as B, "
@@ -42,13 +43,12 @@ def require_equal(
     largest = scale.nan_to_num(0.0, posinf=0.0).max()
     bound = min(eps**0.5, 0.04) * scale + min(100 * eps, 0.02) * largest
     wrong = [name for name, bad in zip(rows, ((error > bound) & scale.isfinite()).tolist(), strict=True) if bad]
-    named = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-    require(not wrong, "module", "rows that agree with autograd", f"others for {named}", _FIX)
+    require(not wrong, "module", "rows that agree with autograd", f"others for {some(wrong)}", _FIX)
 
 
 def _error_and_scale(row: Tensor, g: Tensor | None, r: Tensor) -> tuple[Tensor, Tensor]:
     """Length of the difference for a parameter, and a length that it is small beside."""
-    row = row.to(torch.promote_types(row.dtype, torch.float32))
+    row = row.to(wide(row.dtype))
     r = r.to(row)
     own = torch.tensordot(r, row, dims=1)
     expected = torch.zeros_like(own) if g is None else g.to(own.dtype)

@@ -8,14 +8,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from marble_core._check import describe, require, require_float, require_range, require_same_shape
+from marble_core._check import require, require_float, require_labels, require_range, require_same_shape
 
 
 class GroupStats(NamedTuple):
     """Count, mean and sum of squared deviations of every reward in every group, each ``[num_groups, num_rewards]``.
 
     The spread over the whole batch needs no field of its own: it is the merge of all groups. A cell with no
-    applicable reward is all zeros. ``torch.save`` round-trips it, as it does any tuple of tensors.
+    applicable reward is all zeros. To save and load it: docs/cookbook.md, "Save and resume".
     """
 
     count: Tensor  # type: ignore[assignment]  # the formula's name; nobody counts values in this tuple
@@ -46,7 +46,7 @@ def group_advantages(
         groups: ``[N]``, integers; images with an equal label (the same prompt) form a group. Any labels will do.
         applicable: ``[N, K]``, bool; where a reward is defined. Everywhere by default.
         std: which spread to divide by.
-        eps: added to the standard deviation, positive.
+        eps: added to the standard deviation, positive and finite.
 
     Returns:
         ``[N, K]``, the advantages ``A``, in the dtype of ``rewards``.
@@ -65,10 +65,10 @@ def group_advantages(
     Reference: MARBLE (Zhao et al., arXiv 2605.06507), eq. 3; DiffusionNFT (Zheng et al., arXiv 2509.16117).
         Applicability: this project, docs/theory.md, section 2.
     """
-    applicable = _check(rewards, groups, applicable)
+    applicable = require_labels(groups, rewards, applicable)
     labels = groups.long().contiguous()
     slot = torch.searchsorted(labels.sort().values, labels)  # a label's first place in the order: in [0, N), no sync
-    stats = _batch_stats(rewards.double(), slot, applicable, len(labels))
+    stats = _batch_stats(rewards.detach().double(), slot, applicable, len(labels))
     return advantages_from_stats(stats, rewards, slot, applicable=applicable, std=std, eps=eps)
 
 
@@ -117,7 +117,7 @@ def update_group_stats(
     The batch is reduced to its own count, mean and m2, then merged as ``merge_group_stats`` does, so the order of
     the rows and the cut into batches change the result by rounding alone. A group that only ever saw one value has
     that value as its mean and 0 as its m2, bit for bit, hence advantages of exactly 0. NaN or an infinity makes its
-    own cell NaN from then on; an inapplicable entry is never read.
+    own cell NaN from then on; an inapplicable entry is never read. No gradient flows into the statistics.
 
     Group indices are not checked, as that would read values: one outside ``[0, num_groups)``, negative ones
     included, is an error of the scatter on a CPU and an assertion of the kernel on an accelerator.
@@ -141,9 +141,10 @@ def update_group_stats(
 
     Reference: Chan, Golub and LeVeque (1983); this project, docs/theory.md, section 2.
     """
-    applicable = _check(rewards, groups, applicable)
+    applicable = require_labels(groups, rewards, applicable)
     num_groups = _check_stats("stats", stats, rewards.shape[1])
-    return merge_group_stats(stats, _batch_stats(rewards.to(stats.mean.dtype), groups.long(), applicable, num_groups))
+    x = rewards.detach().to(stats.mean.dtype)
+    return merge_group_stats(stats, _batch_stats(x, groups.long(), applicable, num_groups))
 
 
 def merge_group_stats(a: GroupStats, b: GroupStats) -> GroupStats:
@@ -197,7 +198,7 @@ def advantages_from_stats(
     ``std="global"`` is the spread of everything in ``stats``. On the statistics of the batch itself this is
     ``group_advantages``. Exactly 0: a group that only ever saw this value, a group with fewer than two images in
     ``stats``, an inapplicable entry. A NaN mean or spread makes what it divides or centres NaN; group indices are not
-    checked (see ``update_group_stats``).
+    checked (see ``update_group_stats``). Not differentiable through ``rewards``.
 
     Args:
         stats: the statistics, after ``update_group_stats`` with these rewards.
@@ -205,7 +206,7 @@ def advantages_from_stats(
         groups: ``[N]``, integer indices of the rows of ``stats``.
         applicable: ``[N, K]``, bool; where a reward is defined. Everywhere by default.
         std: which spread to divide by.
-        eps: added to the standard deviation, positive.
+        eps: added to the standard deviation, positive and finite.
 
     Returns:
         ``[N, K]`` in the dtype of ``rewards``.
@@ -222,28 +223,15 @@ def advantages_from_stats(
 
     Reference: MARBLE (Zhao et al., arXiv 2605.06507), eq. 3 ("running"); this project, docs/theory.md, section 2.
     """
-    applicable = _check(rewards, groups, applicable)
+    applicable = require_labels(groups, rewards, applicable)
     _check_stats("stats", stats, rewards.shape[1])
     require(std in ("global", "group"), "std", '"global" or "group"', repr(std))
-    require_range("eps", eps, 0.0, math.inf, open_low=True)
+    require_range("eps", eps, 0.0, math.inf, open_low=True, open_high=True)
     index = groups.long().unsqueeze(1).expand_as(rewards)
-    centred = rewards.to(stats.mean.dtype) - stats.mean.gather(0, index)
+    centred = rewards.detach().to(stats.mean.dtype) - stats.mean.gather(0, index)
     centred = centred * (stats.count.gather(0, index) > 1)  # a product, so that a NaN is not hidden
     spread = (stats.m2 / stats.count.clamp(min=1)).sqrt().gather(0, index) if std == "group" else _global_std(stats)
     return torch.where(applicable, centred / (spread + eps), 0).to(rewards.dtype)
-
-
-def _check(rewards: Tensor, groups: Tensor, applicable: Tensor | None) -> Tensor:
-    """Guard the three tensors every function here takes; ``applicable``, all true where none is given."""
-    require_float("rewards", rewards, "[N, K]", (2,))
-    integer = isinstance(groups, Tensor) and not (groups.is_floating_point() or groups.is_complex())
-    ok = integer and groups.dtype != torch.bool and groups.shape == rewards.shape[:1]
-    require(ok, "groups", f"an integer tensor of shape [N] = {list(rewards.shape[:1])}", describe(groups))
-    if applicable is None:
-        return torch.ones_like(rewards, dtype=torch.bool)
-    ok = isinstance(applicable, Tensor) and applicable.dtype == torch.bool and applicable.shape == rewards.shape
-    require(ok, "applicable", f"a bool tensor of shape [N, K] = {list(rewards.shape)}", describe(applicable))
-    return applicable
 
 
 def _check_stats(name: str, stats: GroupStats, num_rewards: int) -> int:

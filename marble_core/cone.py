@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from marble_core._check import (
+    UNREADABLE,
     has_readable_values,
     require,
     require_gram,
@@ -31,23 +32,24 @@ def cone_weights(
     """Coefficients of the direction nearest to the prior's that lowers no reward, exact to rounding.
 
     With ``v = sum_k prior_k g_k``, solves ``argmin_d |d - v|^2`` subject to ``<d, g_k> >= 0`` for every k: the
-    projection of v onto a cone, so ``<d, v> = |d|^2`` and ``|d| <= |v|``. By Moreau ``d = v + sum_k lambda_k g_k`` with
-    ``lambda = argmin |v + sum_k lambda_k g_k|^2`` over ``lambda >= 0``; ``c = prior + lambda`` is returned. The
-    certificate needs no solver: ``(G c)_k >= 0`` and ``c_k >= prior_k``, one of the two with equality.
+    projection of v onto a cone, so ``<d, v> = |d|^2`` and ``|d| <= |v|``. By Moreau ``d = v + sum_k nu_k g_k`` with
+    ``nu = argmin |v + sum_k nu_k g_k|^2`` over ``nu >= 0``; ``c = prior + nu`` is returned. The certificate needs no
+    solver: ``(G c)_k >= 0`` and ``c_k >= prior_k``, one of the two with equality.
 
     Where v lowers nothing, to rounding, c is the prior itself. At a Pareto-stationary point d may be 0: ``G c = 0``.
     A zero gradient keeps its prior. The scale of the Gram does not matter, that of the prior is that of c. d is unique;
-    of all lambda the one with the least ``sum_k (lambda_k |g_k|)^2`` is taken, so equal gradients get equal lambda and
+    of all nu the one with the least ``sum_k (nu_k |g_k|)^2`` is taken, so equal gradients get equal nu and
     relabelling the gradients relabels c. NaN or an infinity in a Gram makes its own item NaN. Solved in float64 on the
-    host, item by item; no gradient flows through c. Under ``torch.func.vmap`` and ``torch.compile`` K <= 8 is solved
-    without looking at any value, to rounding unless gradients are parallel to within 1e-7.
+    host, item by item; no gradient flows through c. Where values cannot be read (inside ``torch.func`` or
+    ``torch.compile``, or of some tensor subclasses) K <= 8 is solved without looking at any, to rounding unless
+    gradients are parallel to within 1e-7.
 
     *Rounding.* Gradients that oppose each other up to rounding could ask for coefficients of 1e8 that cancel, and their
-    product with the rows would be rounding. Where ``sum_k lambda_k |g_k|`` exceeds ``1 / sqrt(K precision)`` times
+    product with the rows would be rounding. Where ``sum_k nu_k |g_k|`` exceeds ``1 / sqrt(K precision)`` times
     ``sum_k prior_k |g_k|``, the problem is solved again for rows that are known to ``precision`` alone: the unit Gram
-    plus ``K precision`` on its diagonal. Coefficients then stay below that bound, ``|d| <= |v|`` holds still, and
-    ``<d, g_k>`` is at least ``-sqrt(K precision) |g_k| sum_l prior_l |g_l|``, with coefficients and products in the
-    precision of the rows.
+    plus ``K precision`` on its diagonal. The first sum is then at most ``1 / (2 sqrt(precision))`` times the second,
+    ``|d| <= |v|`` holds still, and ``<d, g_k>`` is at least ``-sqrt(K precision) |g_k| sum_l prior_l |g_l|``, also
+    with c and d rounded to float32 (``combine_rows``).
 
     *Estimates.* A Gram matrix that was estimated (``psd_part`` of an averaged ``cross_gram``) has directions that seem
     to cost nothing. Give its ``error``, and for the length of the step, which it does not know, ``step_gram``.
@@ -68,8 +70,8 @@ def cone_weights(
 
     Raises:
         ValueError: ``gram`` is not square, ``prior`` has another K or an entry that is negative or not finite (not
-            seen under vmap or compile), ``precision`` or ``error`` is out of range, ``step_gram`` has another shape, or
-            K > 8 under vmap or compile.
+            seen where values cannot be read), ``precision`` or ``error`` is out of range, ``step_gram`` has another
+            shape, or K > 8 where values cannot be read.
 
     Example:
         >>> cone_weights(torch.tensor([[4.0, -1.0], [-1.0, 1.0]]), torch.tensor([0.5, 0.5]))
@@ -78,7 +80,7 @@ def cone_weights(
         tensor([0.8000, 0.8000])
 
     Reference: Lopez-Paz and Ranzato (2017), gradient episodic memory, section 3; Quinton and Rey (arXiv 2406.16232),
-    who project each gradient and average; Lawson and Hanson (1974), ch. 23; docs/design/0003-noise.md.
+    who project each gradient and average; Lawson and Hanson (1974), ch. 23; docs/theory.md, section 12.
     """
     require_gram("gram", gram)
     K = gram.shape[-1]
@@ -94,7 +96,7 @@ def cone_weights(
         c = torch.stack(solved).reshape(p.shape).to(p.device) if solved else p
     else:
         fix = "Call it outside the transform: batches are handled directly."
-        require(K <= ENUMERATED, "gram", f"K <= {ENUMERATED} under torch.func.vmap or torch.compile", f"K = {K}", fix)
+        require(K <= ENUMERATED, "gram", f"K <= {ENUMERATED} {UNREADABLE}", f"K = {K}", fix)
         c = _solve(G, p, precision, error)
     if step_gram is not None:
         require_gram("step_gram", step_gram)
@@ -110,7 +112,7 @@ def _no_longer(c: Tensor, p: Tensor, G: Tensor) -> Tensor:
 
 
 def _solve(G: Tensor, p: Tensor, precision: float, error: float) -> Tensor:
-    """Scale to ``mu_k = lambda_k |g_k|`` and ``sum_k x_k = 1`` with ``x_k ~ prior_k |g_k|``: unit gradients."""
+    """Scale to ``mu_k = nu_k |g_k|`` and ``sum_k x_k = 1`` with ``x_k ~ prior_k |g_k|``: unit gradients."""
     bad = ~(G.isfinite().all(-1).all(-1) & p.isfinite().all(-1)).unsqueeze(-1)
     G = torch.where(bad.unsqueeze(-1), 0.0, (G + G.mT) / 2)
     s = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()

@@ -11,11 +11,15 @@ from torch.utils import _pytree as pytree
 
 from marble_core._check import describe, require, require_float, require_gram
 
+_LOWERED = -1e-6  # cosines between this and 0 may be rounding
+
 
 class Alignment(NamedTuple):
     """Cosines of a direction with K gradients ``[..., K]``; their minimum, mean, variance; whether one is negative.
 
-    The summaries are over the gradients of non-zero length; a zero gradient has cosine 0. ``conflict`` is bool.
+    The summaries are over the gradients of non-zero length; a zero gradient has cosine 0. ``conflict`` (bool) says that
+    a cosine is below -1e-6, as rounding alone may put one just below 0. NaN in the direction or in a gradient makes the
+    cosine NaN, and with it the summaries; it is no conflict by itself.
     """
 
     cosines: Tensor
@@ -37,6 +41,7 @@ def alignment(gram: Tensor, weights: Tensor) -> Alignment:
 
     Returns:
         ``Alignment`` in the dtype of ``gram``; all cosines are 0 if ``d = 0``. The variance is that of the population.
+        NaN anywhere in an item's Gram matrix or weights makes all its cosines NaN, as it does ``combine_rows``.
 
     Raises:
         ValueError: ``gram`` is not square or ``weights`` does not have its K.
@@ -50,7 +55,8 @@ def alignment(gram: Tensor, weights: Tensor) -> Alignment:
     require_gram("gram", gram)
     require_float("weights", weights, "[..., K]", range(1, 65))
     require(weights.shape[-1] == gram.shape[-1], "weights", f"K = {gram.shape[-1]} entries", describe(weights))
-    G, w = gram.detach().double(), weights.detach().double()
+    G = gram.detach().double()
+    w = weights.detach().to(G)
     G_w = (G @ w.unsqueeze(-1)).squeeze(-1)
     d = (w * G_w).sum(-1, keepdim=True).clamp(min=0).sqrt()
     return _summarize(G_w, d, G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt(), gram.dtype)
@@ -87,6 +93,7 @@ def cross_alignment(direction: Any, rows: Any) -> Alignment:
     pairs = list(zip(d_leaves, leaves, strict=True))
     for d, x in pairs:
         require_float("rows", x, "[K, ...]", range(1, 65))
+        require_float("direction", d, "[...]", range(65))
         require(d.shape == x.shape[1:], "direction", f"a leaf of shape {list(x.shape[1:])}", describe(d))
         K = leaves[0].shape[0]
         require(x.shape[0] == K >= 1, "rows", f"the same K >= 1 in every leaf, {K} in the first", describe(x))
@@ -100,14 +107,14 @@ def cross_alignment(direction: Any, rows: Any) -> Alignment:
 def _summarize(products: Tensor, length: Tensor, norms: Tensor, dtype: torch.dtype) -> Alignment:
     """``Alignment`` from ``<d, g_k>``, ``|d| [..., 1]`` and ``|g_k|``; statistics over the gradients with length."""
     scale = norms * length
-    cosines = torch.where(scale > 0, products / torch.where(scale > 0, scale, 1.0), 0.0)
-    on = norms > 0
+    cosines = torch.where(scale == 0, 0.0 * products, products / scale)  # a product, so that a NaN is not hidden
+    on = norms != 0
     n = on.sum(-1).clamp(min=1)
     minimum = torch.where(on, cosines, torch.inf).amin(-1)
     minimum = torch.where(on.any(-1), minimum, 0.0)
     mean = (cosines * on).sum(-1) / n
     variance = ((cosines - mean.unsqueeze(-1)).square() * on).sum(-1) / n
-    conflict = minimum < 0
+    conflict = (cosines < _LOWERED).any(-1)
     return Alignment(cosines.to(dtype), minimum.to(dtype), mean.to(dtype), variance.to(dtype), conflict)
 
 

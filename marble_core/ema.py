@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from marble_core._check import (
     describe,
     require,
+    require_bool,
     require_float,
     require_range,
     require_same_trees,
@@ -66,8 +67,8 @@ def update_coefficients(
     """One refresh of the smoothed weights: ``w <- rho w + (1 - rho) w*`` among the rewards with signal.
 
     A reward without signal keeps its share; the others divide the rest: with ``m`` the share that they hold, their
-    target is ``m w*``. All rewards active, this is the paper's EMA. The weights stay on the simplex to 1e-12 for any
-    number of updates.
+    target is ``m w*``. All rewards active, this is the paper's EMA. The weights stay on the simplex to rounding for any
+    number of updates: 1e-12 in float64, the default of ``init_coefficients``. No gradient flows into them.
 
     The EMA of min-norm weights carries no guarantee. With a ``guard`` the largest ``rho' <= rho`` is taken for which
     ``(G_hat w)_k >= margin |d*|^2`` for every active k, where w is the new share of the active rewards, normalized.
@@ -98,13 +99,13 @@ def update_coefficients(
     require_float("state.weights", old, "[K]", (1,))
     K = old.shape[0]
     require_vector("harmonization.weights", harmonization.weights, K, "K")
-    for name, x in (("harmonization.active", active), ("state.steps_since_signal", state.steps_since_signal)):
-        require(x.shape == (K,), name, f"[K] = [{K}]", describe(x))
-    require(active.dtype == torch.bool, "harmonization.active", f"bool[{K}]", describe(active))
+    require_bool("harmonization.active", active, (K,), "[K]")
+    steps = state.steps_since_signal
+    require(steps.shape == (K,), "state.steps_since_signal", f"[K] = [{K}]", describe(steps))
     require_range("rho", rho, 0.0, 1.0)
     share = torch.where(active, old, 0.0)
     mass = share.sum()
-    target = torch.where(active, harmonization.weights.to(old.dtype), 0.0)
+    target = torch.where(active, harmonization.weights.detach().to(old.dtype), 0.0)
     target = target / torch.where(target.sum() > 0, target.sum(), 1.0)
     rho_used = torch.full_like(mass, rho)
     if guard is not None:
@@ -114,8 +115,7 @@ def update_coefficients(
     moved = rho_used * share + (1.0 - rho_used) * mass * target
     weights = torch.where(active, moved, old).clamp(min=0)
     weights = torch.where(active.any(), weights / weights.sum(), old)
-    steps = torch.where(active, 0, state.steps_since_signal + 1)
-    return Coefficients(weights, steps, state.step + 1), rho_used
+    return Coefficients(weights, torch.where(active, 0, steps + 1), state.step + 1), rho_used
 
 
 def _largest_rho(before: Tensor, target: Tensor, active: Tensor, guard: Guard) -> Tensor:
@@ -123,10 +123,11 @@ def _largest_rho(before: Tensor, target: Tensor, active: Tensor, guard: Guard) -
     K = before.shape[0]
     gram_ok = isinstance(guard.gram, Tensor) and guard.gram.shape == torch.Size([K, K])
     require(gram_ok, "guard.gram", f"[K, K] = [{K}, {K}]", describe(guard.gram))
-    require_range("guard.margin", guard.margin, 0.0, 1.0 - 1e-6, open_low=True)
-    norms = torch.where(active, guard.gram.diagonal(), 1.0).to(before.dtype).sqrt()
+    require_range("guard.margin", guard.margin, 0.0, 1.0, open_low=True, open_high=True)
+    G = guard.gram.detach().to(before.dtype)
+    norms = torch.where(active, G.diagonal(), 1.0).sqrt()
     both = active.unsqueeze(0) & active.unsqueeze(1)
-    G_hat = torch.where(both, guard.gram.to(before.dtype) / norms / norms.unsqueeze(-1), 0.0)
+    G_hat = torch.where(both, G / norms / norms.unsqueeze(-1), 0.0)
     x, y = G_hat @ before, G_hat @ target
     falls = active & (x < y)
     room = y - guard.margin * (target @ y)
@@ -148,7 +149,7 @@ def ema_tree(old: Any, new: Any, decay: float | Tensor) -> Any:
         A new pytree; no leaf aliases an input.
 
     Raises:
-        ValueError: structures or shapes differ, or a Python ``decay`` is outside [0, 1].
+        ValueError: structures or shapes differ, a leaf is no tensor, or a Python ``decay`` is outside [0, 1].
 
     Example:
         >>> ema_tree({"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])}, 0.75)
@@ -159,6 +160,7 @@ def ema_tree(old: Any, new: Any, decay: float | Tensor) -> Any:
     if not isinstance(decay, Tensor):
         require_range("decay", decay, 0.0, 1.0)
     require_same_trees("new", new, "old", old)
+    decay = decay.detach() if isinstance(decay, Tensor) else decay
 
     def mix(x: Tensor, y: Tensor) -> Tensor:
         if not x.is_floating_point():

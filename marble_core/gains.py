@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from marble_core._check import describe, require, require_float
+from marble_core._check import describe, require, require_float, require_labels
 
 _ROUNDING = 2.0**-20  # a spread below this share of the rewards themselves is float32's rounding, not a spread
 _STEP = 0.1  # standard deviations by which a gain may change in an epoch, before anything is seen
@@ -22,7 +22,7 @@ class GainState(NamedTuple):
         epochs: so far.
         prompt: ``[n]``, label of each group's prompt.
         epoch: ``[n]``, of each group; the first of those joined.
-        mean: ``[n, K]``, mean rewards; NaN where they do not apply.
+        mean: ``[n, K]``, mean rewards; NaN where they do not apply, or where a reward was NaN.
         images: ``[n, K]``, number of images behind each mean.
         squares: ``[K]``, sum of squared deviations within the groups of the first epochs.
         freedom: ``[K]``, their degrees of freedom.
@@ -67,13 +67,16 @@ def update_gains(
 ) -> GainState:
     """Add an epoch's images to what is known.
 
+    A reward that is NaN or infinite makes that reward's gains NaN from then on, however old its epoch gets: say with
+    ``applicable`` where a reward is not known.
+
     Args:
         state: of the epochs before, which is left as it is.
         rewards: ``[N, K]``, raw rewards, one row an image.
-        groups: ``[N]``, integers of at least 0: the same prompt has the same label in every epoch.
+        groups: ``[N]``, integers of any size: the same prompt has the same label in every epoch.
         applicable: ``[N, K]``, bool; where a reward is defined. Everywhere by default.
-        learning: whether the spread within these groups is still that of the start, the unit of gains: say so for the
-            first few epochs.
+        learning: True in the first few epochs. The spread within the groups of those epochs becomes the unit in which
+            gains are measured.
 
     Returns:
         The state after the epoch; memory stays bounded, as old epochs are joined.
@@ -92,16 +95,9 @@ def update_gains(
     Reference: docs/design/0003-noise.md.
     """
     K = _check_state(state)
-    require_float("rewards", rewards, "[N, K]", (2,))
+    on = require_labels(groups, rewards, applicable).cpu()
     require(rewards.shape[1] == K, "rewards", f"K = {K} columns, as the state has", describe(rewards))
-    whole = isinstance(groups, Tensor) and not (groups.is_floating_point() or groups.is_complex())
-    usable = whole and groups.dtype != torch.bool and groups.shape == rewards.shape[:1]
-    require(usable, "groups", f"integers [N] = [{len(rewards)}]", describe(groups))
-    if applicable is not None:
-        same = applicable.shape == rewards.shape and applicable.dtype == torch.bool
-        require(same, "applicable", f"bool{list(rewards.shape)}, as rewards", describe(applicable))
     x = rewards.detach().double().cpu()
-    on = torch.ones_like(x, dtype=torch.bool) if applicable is None else applicable.cpu()
     label, group = torch.unique(groups.detach().long().cpu(), return_inverse=True)
     zeros = x.new_zeros(len(label), K)
     count = zeros.index_add(0, group, on.double())
@@ -145,12 +141,14 @@ def _joined(state: GainState) -> GainState:
     first = labels.clone()
     first[2 : 1 + len(old) : 2] = old[0 : len(old) - 1 : 2]
     epoch = first[torch.searchsorted(labels, state.epoch)]
-    P = int(state.prompt.max()) + 1
-    key, group = torch.unique(epoch * P + state.prompt, return_inverse=True)
+    prompts, place = torch.unique(state.prompt, return_inverse=True)  # labels may be hashes, too large for a product
+    P = len(prompts)
+    key, group = torch.unique(epoch * P + place, return_inverse=True)
     zeros = state.images.new_zeros(len(key), state.images.shape[1])
     images = zeros.index_add(0, group, state.images)
-    mean = zeros.index_add(0, group, (state.images * state.mean).nan_to_num(0.0)) / images
-    return state._replace(epoch=key // P, prompt=key % P, images=images, mean=mean)
+    total = torch.where(state.images > 0, state.images * state.mean, 0.0)  # the mean of no image is NaN
+    mean = zeros.index_add(0, group, total) / images
+    return state._replace(epoch=key // P, prompt=prompts[key % P], images=images, mean=mean)
 
 
 def gains_since_start(state: GainState) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from marble_core._check import describe, require, require_float, require_stacked, require_vector
+from marble_core._check import CHUNK, common_K, describe, require, require_float, require_vector
 
-_CHUNK = 2**22  # entries of the rows turned into float64 at a time: 32 MiB
+_NOT_VECTORIZED = ("vmap", "atching rule", "expected scalar type")  # what torch's own errors of that kind contain
 
 
 def gradient_rows(losses_fn: Callable[..., Tensor], params: Any, *args: Any, chunk_size: int | None = None) -> Any:
@@ -34,8 +34,9 @@ def gradient_rows(losses_fn: Callable[..., Tensor], params: Any, *args: Any, chu
         micro-batches add up leaf by leaf.
 
     Raises:
-        ValueError: ``losses_fn`` does not return a floating-point vector, ``chunk_size`` is not positive, or torch
-            cannot vectorize the backward pass (a LayerNorm under bfloat16 autocast, say).
+        ValueError: a leaf of ``params`` is not a floating-point tensor, ``losses_fn`` does not return a floating-point
+            vector of at least one loss, ``chunk_size`` is not positive, or torch says that it cannot vectorize the
+            backward pass (a LayerNorm under bfloat16 autocast, a backward that reads a value).
 
     Example:
         >>> params = {"w": torch.tensor([1.0, 2.0])}
@@ -47,10 +48,13 @@ def gradient_rows(losses_fn: Callable[..., Tensor], params: Any, *args: Any, chu
     """
     ok = chunk_size is None or (isinstance(chunk_size, int) and chunk_size >= 1)
     require(ok, "chunk_size", "None or an integer >= 1", describe(chunk_size))
+    for leaf in pytree.tree_leaves(params):
+        require_float("params", leaf, "[...]", range(65))
 
     def checked(params: Any) -> Tensor:
         losses = losses_fn(params, *args)
         require_float("losses_fn(params, *args)", losses, "[K]", (1,))
+        require(len(losses) >= 1, "losses_fn(params, *args)", "at least one loss, K >= 1", describe(losses))
         return losses
 
     losses, pullback, *_ = torch.func.vjp(checked, params)
@@ -61,10 +65,10 @@ def gradient_rows(losses_fn: Callable[..., Tensor], params: Any, *args: Any, chu
     try:
         (rows,) = torch.func.vmap(pullback, chunk_size=chunk_size)(eye)
     except RuntimeError as error:
-        if "expected scalar type" not in str(error):
+        if not any(words in str(error) for words in _NOT_VECTORIZED):  # the caller's own
             raise
         expected, fix = "a backward pass that torch can vectorize", "Pass chunk_size=1, or use shared_cotangent_rows."
-        raise ValueError(f"losses_fn: expected {expected}, got under autocast: {error}. {fix}") from error
+        raise ValueError(f"losses_fn: expected {expected}, got the error: {error}. {fix}") from error
     return rows
 
 
@@ -93,12 +97,12 @@ def combine_rows(rows: Any, weights: Tensor) -> Any:
 
     Reference: MARBLE (Zhao et al., arXiv 2605.06507), eqs. 7-8.
     """
-    K = _common_K(rows)
+    K = common_K(rows)
     require_vector("weights", weights, K, "K")
 
     def combine(x: Tensor) -> Tensor:
         w = weights.to(device=x.device, dtype=torch.float64)
-        columns = torch.split(x.reshape(K, -1), max(_CHUNK // K, 1), dim=1)
+        columns = torch.split(x.reshape(K, -1), max(CHUNK // K, 1), dim=1)
         return torch.cat([(w @ part.double()).to(x.dtype) for part in columns]).reshape(x.shape[1:])
 
     return pytree.tree_map(combine, rows)
@@ -125,7 +129,7 @@ def flatten_rows(rows: Any) -> Tensor:
 
     Reference: docs/theory.md, section 1.
     """
-    K = _common_K(rows)
+    K = common_K(rows)
     return torch.cat([x.reshape(K, -1) for x in pytree.tree_leaves(rows)], dim=1)
 
 
@@ -150,20 +154,10 @@ def unflatten_like(flat: Tensor, like: Any) -> Any:
     """
     require_float("flat", flat, "[..., P]", range(1, 65))
     leaves, spec = pytree.tree_flatten(like)
+    for leaf in leaves:
+        require(isinstance(leaf, Tensor), "like", "tensors as leaves", describe(leaf))
     sizes = [leaf.numel() for leaf in leaves]
     require(flat.shape[-1] == sum(sizes), "flat", f"P = {sum(sizes)} entries in the last dimension", describe(flat))
     parts = torch.split(flat, sizes, dim=-1)
     cut = [x.reshape((*flat.shape[:-1], *leaf.shape)) for x, leaf in zip(parts, leaves, strict=True)]
     return pytree.tree_unflatten(cut, spec)
-
-
-def _common_K(rows: Any) -> int:
-    """The leading K that all leaves of ``rows`` have."""
-    require_stacked("rows", rows)
-    leaves = pytree.tree_leaves(rows)
-    require(len(leaves) > 0, "rows", "at least one leaf [K, ...]", "none")
-    for leaf in leaves:
-        require_float("rows", leaf, "[K, ...]", range(1, 65))
-        require(leaf.shape[0] >= 1, "rows", "at least one gradient, K >= 1", describe(leaf))
-        require(leaf.shape[0] == leaves[0].shape[0], "rows", "the same leading K in every leaf", describe(leaf))
-    return int(leaves[0].shape[0])

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from marble_core._check import describe, require, require_float, require_gram, require_same_shape, require_stacked
-
-_CHUNK = 2**22  # entries of a leaf turned into float64 at a time: 32 MiB
+from marble_core._check import (
+    CHUNK,
+    describe,
+    require,
+    require_block,
+    require_float,
+    require_gram,
+    require_same_shape,
+    require_stacked,
+)
 
 
 def gram_matrix(rows: Any, *, inv_metric: Any = None) -> Tensor:
@@ -45,13 +52,13 @@ def gram_matrix(rows: Any, *, inv_metric: Any = None) -> Tensor:
 
     Reference: MARBLE (Zhao et al., arXiv 2605.06507), eq. 6; the metric: docs/theory.md, section 11.
     """
-    require_stacked("rows", rows)
+    require_stacked("rows", rows, streams=True)
     total: Tensor | None = None
-    for x, inv in _leaf_pairs(rows, inv_metric):
-        require_float("rows", x, "[K, ...]", range(1, 65))
-        require(
-            inv is None or inv.shape == x.shape[1:], "inv_metric", f"a leaf of shape {list(x.shape[1:])}", describe(inv)
-        )
+    for x, inv in _leaf_pairs(("rows", rows), ("inv_metric", inv_metric)):
+        require_block("rows", x, None if total is None else total.shape[0])
+        if inv is not None:
+            require_float("inv_metric", inv, "[...]", range(65))
+            require(inv.shape == x.shape[1:], "inv_metric", f"a leaf of shape {list(x.shape[1:])}", describe(inv))
         total = _add_product(total, x, x, inv)
     if total is None:
         raise ValueError("rows: expected at least one leaf [K, ...], got none.")
@@ -81,11 +88,12 @@ def cross_gram(rows_a: Any, rows_b: Any) -> Tensor:
 
     Reference: this project, docs/theory.md, section 12.
     """
-    require_stacked("rows_a", rows_a)
-    require_stacked("rows_b", rows_b)
+    require_stacked("rows_a", rows_a, streams=True)
+    require_stacked("rows_b", rows_b, streams=True)
     total: Tensor | None = None
-    for a, b in _leaf_pairs(rows_a, rows_b):
-        require_float("rows_a", a, "[K, ...]", range(1, 65))
+    for a, b in _leaf_pairs(("rows_a", rows_a), ("rows_b", rows_b)):
+        require_block("rows_a", a, None if total is None else total.shape[0])
+        require_float("rows_b", b, "[K, ...]", range(1, 65))
         require_same_shape("rows_b", b, "rows_a", a)
         total = _add_product(total, a, b, None)
     if total is None:
@@ -93,34 +101,36 @@ def cross_gram(rows_a: Any, rows_b: Any) -> Tensor:
     return total
 
 
-def _leaf_pairs(rows: Any, other: Any) -> Iterator[tuple[Any, Any]]:
-    """Matching leaves of two pytrees, or of two iterators over pytrees; ``other`` may be None."""
+def _leaf_pairs(named_rows: tuple[str, Any], named_other: tuple[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Matching leaves of two pytrees, or of two iterators over pytrees, each with its name; the other may be None."""
+    (name, rows), (other_name, other) = named_rows, named_other
     if isinstance(rows, Iterator):
-        require(other is None or isinstance(other, Iterable), "rows", "an iterator beside an iterator", describe(other))
+        streams = other is None or isinstance(other, Iterator | list | tuple)
+        require(streams, other_name, f"an iterator, as {name}", describe(other))
         missing = object()
         others = iter(other) if other is not None else None
         for block in rows:
             block_other = None if others is None else next(others, missing)
-            require(block_other is not missing, "rows", "as many blocks as the other iterator", "more")
-            yield from _leaf_pairs(block, block_other)
+            require(block_other is not missing, other_name, f"as many blocks as {name}", "fewer")
+            yield from _leaf_pairs((name, block), (other_name, block_other))
+        ended = others is None or next(others, missing) is missing
+        require(ended, other_name, f"as many blocks as {name}", "more")
         return
     leaves, spec = pytree.tree_flatten(rows)
     if other is None:
         yield from ((leaf, None) for leaf in leaves)
         return
     other_leaves, other_spec = pytree.tree_flatten(other)
-    require(spec == other_spec, "rows", f"the structure of the other tree, {other_spec}", spec)
+    require(spec == other_spec, other_name, f"the structure of {name}, {spec}", other_spec)
     yield from zip(leaves, other_leaves, strict=True)
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, inv: Tensor | None) -> Tensor:
     """``total + a diag(inv) b^T`` over flattened trailing dimensions, in float64 chunks."""
     K = a.shape[0]
-    require(K >= 1, "rows", "at least one gradient, K >= 1", describe(a))
-    require(total is None or total.shape[0] == K, "rows", "the same leading K in every leaf", describe(a))
     a, b = a.detach().reshape(K, -1), b.detach().reshape(K, -1)
     root = None if inv is None else inv.detach().reshape(-1)
-    width = max(_CHUNK // K, 1)
+    width = max(CHUNK // K, 1)
     result = total if total is not None else torch.zeros(K, K, dtype=torch.float64, device=a.device)
     for start in range(0, a.shape[1], width):
         x = a[:, start : start + width].double()

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from marble_core._check import (
+    UNREADABLE,
     describe,
     has_readable_values,
     require,
+    require_bool,
     require_float,
     require_gram,
     require_range,
@@ -69,7 +71,8 @@ def harmonize(
         gram: ``[..., K, K]``, symmetric PSD, of the raw gradients.
         signal_tol: norms up to this share of the largest count as no signal. 1e-6 suits float32 gradients whose
             signal may cancel to rounding; the default takes every non-zero gradient seriously.
-        floor: least weight of an active reward; it gives up the guarantee for a share for everyone.
+        floor: least weight of an active reward. With a floor above 0 every active reward gets some weight, but the
+            direction may lower one of them.
         solver: any callable from the Gram ``[A, A]`` of the A active unit gradients (float64) to weights ``[A]``:
             PCGrad-, CAGrad-, Nash- or uniform-style balancing, or a weighting of TorchJD.
 
@@ -77,8 +80,8 @@ def harmonize(
         ``Harmonization``, tensors in the dtype of ``gram`` (solved in float64).
 
     Raises:
-        ValueError: ``gram`` is not square, an option is out of range, or ``solver`` returns another shape; under
-            vmap or compile, a ``solver`` other than the default.
+        ValueError: ``gram`` is not square, an option is out of range, or ``solver`` returns another shape; where values
+            cannot be read (inside ``torch.func`` or ``torch.compile``), K > 8 or a ``solver`` other than the default.
 
     Example:
         >>> h = harmonize(torch.tensor([[1.0, -1.0], [-1.0, 4.0]]))  # |g_1| = 1, |g_2| = 2, cosine -1/2
@@ -137,8 +140,7 @@ def rescale(weights: Tensor, norms: Tensor, active: Tensor) -> Tensor:
     require_float("weights", weights, "[..., K]", range(1, 65))
     require_float("norms", norms, "[..., K]", range(1, 65))
     require_same_shape("norms", norms, "weights", weights)
-    fits = isinstance(active, Tensor) and active.dtype == torch.bool and active.shape == weights.shape
-    require(fits, "active", f"bool{list(weights.shape)}", describe(active))
+    require_bool("active", active, weights.shape, "[..., K]")
     w, n = weights.detach().double(), norms.detach().double()
     n_bar = torch.where(active, n, 0.0).sum(-1, keepdim=True) / active.sum(-1, keepdim=True).clamp(min=1)
     c = n_bar * w / torch.where(n > 0, n, torch.where(n_bar > 0, n_bar, 1.0))
@@ -150,10 +152,11 @@ def _active_weights(G_hat: Tensor, active: Tensor, floor: float, solver: Callabl
     default = solver is min_norm_weights
     require(default or floor == 0.0, "floor", "0 with a solver of your own", floor, "Apply the floor in the solver.")
     if not has_readable_values(G_hat):
-        require(default, "solver", "min_norm_weights under torch.func.vmap or torch.compile", describe(solver))
+        fix = "Call it outside: batches are handled directly."
+        require(default, "solver", f"min_norm_weights {UNREADABLE}", describe(solver), fix)
         return _masked_weights(G_hat, active, floor)
     K = G_hat.shape[-1]
-    w = torch.zeros(active.shape, dtype=G_hat.dtype, device=G_hat.device).reshape(-1, K)
+    w = G_hat.new_zeros(active.shape).reshape(-1, K)
     for w_item, G in zip(w, G_hat.cpu().reshape(-1, K, K), strict=True):
         i = (G.diagonal() > 0).nonzero().squeeze(-1)
         if len(i):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from marble_core._check import require, require_float, require_range, require_same_shape, require_vector
+from marble_core._check import require, require_float, require_range, require_same_shape, require_vector, wide
 
 _ANY_RANK = range(65)
 
@@ -44,8 +45,8 @@ def interpolation(A: Tensor, *, a_max: float = 5.0) -> Tensor:
     Reference: MARBLE (Zhao et al., arXiv 2605.06507), eq. 2; DiffusionNFT (Zheng et al., arXiv 2509.16117).
     """
     require_float("A", A, "[...]", _ANY_RANK)
-    _require_a_max(a_max)
-    return (_at_least_float32(A) / (2 * a_max) + 0.5).clamp(0, 1).to(A.dtype)
+    require_range("a_max", a_max, 0.0, math.inf, open_low=True, open_high=True)
+    return (A.to(wide(A.dtype)) / (2 * a_max) + 0.5).clamp(0, 1).to(A.dtype)
 
 
 def branch_losses(
@@ -76,7 +77,7 @@ def branch_losses(
         x0: ``[B, ...]``, clean latents.
         noise: ``[B, ...]``.
         t: ``[B]``, times in [0, 1].
-        beta: strength of the branches, positive.
+        beta: strength of the branches, positive and finite.
         form: which loss.
 
     Returns:
@@ -100,9 +101,9 @@ def branch_losses(
         require_float(name, x, "[B, ...]", _ANY_RANK[2:])
         require_same_shape(name, x, "v", v)
     require_vector("t", t, v.shape[0], "B")
-    require_range("beta", beta, 0.0, math.inf, open_low=True)
+    require_range("beta", beta, 0.0, math.inf, open_low=True, open_high=True)
     require(form in ("x0", "velocity"), "form", '"x0" or "velocity"', repr(form))
-    v = _at_least_float32(v)
+    v = v.to(wide(v.dtype))
     v_old, x0, noise, t = (x.to(v.dtype) for x in (v_old.detach(), x0, noise, t))
     e, delta = v_old - (noise - x0), v - v_old
     scale = t.reshape(-1, *[1] * (v.ndim - 1)) if form == "x0" else 1.0
@@ -250,13 +251,13 @@ def clamped_fraction(A: Tensor, *, a_max: float = 5.0) -> Tensor:
     Reference: this project, docs/theory.md, section 9.
     """
     require_float("A", A, "[B, K] or [B]", (1, 2))
-    _require_a_max(a_max)
-    x = _at_least_float32(A)
+    require_range("a_max", a_max, 0.0, math.inf, open_low=True, open_high=True)
+    x = A.to(wide(A.dtype))
     return torch.where(x.isnan(), x, (x.abs() > a_max).to(x.dtype)).mean(0).to(A.dtype)
 
 
 def affine_residual(
-    loss_of_r: Callable[[Tensor], Tensor],
+    loss_of_r: Callable[[Tensor], Any],
     r0: Tensor,
     r1: Tensor,
     *,
@@ -271,7 +272,8 @@ def affine_residual(
     that change sign, does not. Small at one pair is no proof: try several. A NaN anywhere gives NaN, ``f = 0`` gives 0.
 
     Args:
-        loss_of_r: function of one tensor of the shape of ``r0``, with everything else held fixed.
+        loss_of_r: function of one tensor of the shape of ``r0``, with everything else held fixed, to a tensor or a
+            pytree of them, such as the tuple of ``torch.autograd.grad``.
         r0: ``[...]``, one end.
         r1: ``[...]``, the other end.
         points: mixing points, each in (0, 1).
@@ -280,7 +282,8 @@ def affine_residual(
         A scalar, detached, in the dtype ``loss_of_r`` returns.
 
     Raises:
-        ValueError: ``r0`` and ``r1`` differ in shape, or a point is not in (0, 1), or there is none.
+        ValueError: ``r0`` and ``r1`` differ in shape, a point is not in (0, 1), or there is none, or ``loss_of_r``
+            returns no floating-point tensors or other shapes at another point.
 
     Example:
         >>> r0, r1 = torch.tensor([0.0]), torch.tensor([1.0])
@@ -292,12 +295,23 @@ def affine_residual(
     require_float("r0", r0, "[...]", _ANY_RANK)
     require_float("r1", r1, "[...]", _ANY_RANK)
     require_same_shape("r1", r1, "r0", r0)
-    ok = len(points) >= 1 and all(isinstance(s, float) and 0 < s < 1 for s in points)
+    ok = isinstance(points, Sequence) and len(points) >= 1 and all(isinstance(s, float) and 0 < s < 1 for s in points)
     require(ok, "points", "at least one mixing point, each a float in (0, 1)", points)
-    f0, f1, *inner = (loss_of_r((1 - s) * r0 + s * r1).detach() for s in (0.0, 1.0, *points))
+    f0, f1, *inner = (_values(loss_of_r((1 - s) * r0 + s * r1)) for s in (0.0, 1.0, *points))
+    for f in (f1, *inner):
+        require_same_shape("loss_of_r(r)", f, "loss_of_r(r0)", f0)
     deviations = [f - ((1 - s) * f0 + s * f1) for s, f in zip(points, inner, strict=True)]
     scale = torch.stack([f0, f1, *inner]).abs().amax()
     return torch.stack(deviations).abs().amax() / scale.clamp(min=torch.finfo(scale.dtype).tiny)
+
+
+def _values(found: Any) -> Tensor:
+    """The numbers of a tensor or of a pytree of them, as one detached vector."""
+    leaves = pytree.tree_leaves(found)
+    for x in leaves:
+        require_float("loss_of_r(r)", x, "[...], or a pytree of such", _ANY_RANK)
+    require(any(x.numel() for x in leaves), "loss_of_r(r)", "at least one number", f"{len(leaves)} tensors without any")
+    return torch.cat([x.detach().flatten() for x in leaves])
 
 
 def _branch_loss(residual: Tensor, form: str) -> Tensor:
@@ -311,18 +325,8 @@ def _combine(weights: Tensor, name: str, x: Tensor) -> Tensor:
     """``sum_k weights_k x_k`` along the last dimension, halves in float32."""
     require_float(name, x, "[B, K]", (2,))
     require_vector("weights", weights, x.shape[1], "K")
-    y = _at_least_float32(x)
-    return (weights.to(y.dtype) * y).sum(-1).to(x.dtype)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    """Halves as float32, anything else as it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _require_a_max(a_max: float) -> None:
-    """``a_max`` is positive and finite."""
-    require_range("a_max", a_max, 0.0, torch.finfo(torch.float64).max, open_low=True)
+    y = x.to(wide(x.dtype))
+    return (weights.to(y) * y).sum(-1).to(x.dtype)
 
 
 def _require_losses(l_pos: Tensor, l_neg: Tensor) -> None:

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from marble_core._check import (
+    common_K,
     describe,
     require,
+    require_bool,
     require_float,
     require_gram,
     require_range,
@@ -18,6 +20,8 @@ from marble_core._check import (
     require_same_trees,
     wide,
 )
+
+_AGREE = 8.0  # roundings that a product of two norms may be off by
 
 
 class GramEma(NamedTuple):
@@ -58,7 +62,7 @@ def update_gram_ema(state: GramEma, gram: Tensor, *, decay: float) -> tuple[Gram
     Args:
         state: from ``init_gram_ema`` or the last update.
         gram: ``[K, K]``, a Gram or cross-Gram matrix.
-        decay: in [0, 1): 0 keeps the newest alone, 0.95 looks back about 20 steps.
+        decay: in [0, 1): 0 keeps the newest alone; at 0.95 the mean age of what is averaged is 19 steps.
 
     Returns:
         ``(state, corrected [K, K])`` in the dtype of the state; after one update ``corrected`` equals ``gram``.
@@ -77,7 +81,7 @@ def update_gram_ema(state: GramEma, gram: Tensor, *, decay: float) -> tuple[Gram
     require_gram("state.value", state.value)
     require_float("state.weight", state.weight, "[]", (0,))
     require_same_shape("gram", gram, "state.value", state.value)
-    require_range("decay", decay, 0.0, 1.0 - 1e-12)
+    require_range("decay", decay, 0.0, 1.0, open_high=True)
     value = decay * state.value + (1.0 - decay) * gram.detach().to(state.value.dtype)
     weight = decay * state.weight + (1.0 - decay)
     return GramEma(value, weight), value / weight
@@ -100,7 +104,8 @@ def init_moments(rows: Any) -> Moments:
         ``Moments`` of zeros.
 
     Raises:
-        ValueError: no leaves, leaves that are not floating point, or no common K.
+        ValueError: no leaves, leaves that are not floating point, or no common K; a list of vectors, which could be K
+            gradients or blocks.
 
     Example:
         >>> init_moments({"w": torch.ones(2, 3)}).weight
@@ -108,19 +113,16 @@ def init_moments(rows: Any) -> Moments:
 
     Reference: MoCo (Fernando et al., ICLR 2023); docs/theory.md, section 12.
     """
-    leaves = pytree.tree_leaves(rows)
-    require(len(leaves) > 0, "rows", "at least one leaf [K, ...]", "none")
-    for leaf in leaves:
-        require_float("rows", leaf, "[K, ...]", range(1, 65))
-        require(leaf.shape[0] == leaves[0].shape[0], "rows", "the same leading K in every leaf", describe(leaf))
+    K, device = common_K(rows), pytree.tree_leaves(rows)[0].device
     mean = pytree.tree_map(lambda x: torch.zeros_like(x, dtype=wide(x.dtype), requires_grad=False), rows)
-    return Moments(mean, torch.zeros(leaves[0].shape[0], dtype=torch.float64, device=leaves[0].device))
+    return Moments(mean, torch.zeros(K, dtype=torch.float64, device=device))
 
 
 def update_moments(state: Moments, rows: Any, *, decay: float, active: Tensor | None = None) -> tuple[Moments, Any]:
     """One step of ``m_k <- decay m_k + (1 - decay) g_k``, and the means corrected for the empty start.
 
-    The mean of the last ``1 / (1 - decay)`` gradients has that much less noise, at the price of some staleness; its
+    In the long run the mean of independent gradients has ``(1 + decay) / (1 - decay)`` times less noise power than one
+    of them (39 times at 0.95), at the price of some staleness: its mean age is ``decay / (1 - decay)`` updates. Its
     Gram matrix is what a solver should see where single batches are mostly noise. Where ``active`` is false the moment
     of that reward is left as it is: no applicable image is no news, not a zero gradient. A reward that never was
     active has corrected mean 0.
@@ -144,15 +146,15 @@ def update_moments(state: Moments, rows: Any, *, decay: float, active: Tensor | 
 
     Reference: MoCo (Fernando et al., ICLR 2023); docs/theory.md, section 12.
     """
-    require_range("decay", decay, 0.0, 1.0 - 1e-12)
+    require_range("decay", decay, 0.0, 1.0, open_high=True)
     require_same_trees("rows", rows, "state.mean", state.mean)
     require_float("state.weight", state.weight, "[K]", (1,))
     for x in (*pytree.tree_leaves(rows), *pytree.tree_leaves(state.mean)):
         require_float("rows", x, "[K, ...]", range(1, 65))
         K = state.weight.shape[0]
         require(x.shape[0] == K, "rows", f"leaves [K, ...] with the state's K = {K}", describe(x))
-    ok = active is None or (active.dtype == torch.bool and active.shape == state.weight.shape)
-    require(ok, "active", f"a bool tensor of shape {list(state.weight.shape)}", describe(active))
+    if active is not None:
+        require_bool("active", active, state.weight.shape, "[K]")
     keep = torch.full_like(state.weight, decay)
     keep = keep if active is None else torch.where(active, keep, 1.0)
     weight = keep * state.weight + (1.0 - keep)
@@ -180,8 +182,8 @@ def signal_share(cross: Tensor, gram: Tensor) -> Tensor | SignalShare:
 
     ``E[C_kk] = |s_k|^2`` for the cross-Gram of two independent batches and ``E[G_kk] = |s_k|^2 + E|n_k|^2``, so the
     share is the ratio of their means. It is an estimate: noise alone gives values on both sides of 0, and none is
-    clipped. A reward with zero gradients has share 0. The standard error is that of a ratio of means, from the
-    residuals ``C_kk - share G_kk`` of the M pairs; the pairs must not share batches.
+    clipped. A reward with zero gradients has share 0; NaN stays NaN. The standard error is that of a ratio of means,
+    from the residuals ``C_kk - share G_kk`` of the M pairs; the pairs must not share batches.
 
     Args:
         cross: ``[K, K]``, or ``[M, K, K]`` from M independent pairs of batches.
@@ -205,9 +207,9 @@ def signal_share(cross: Tensor, gram: Tensor) -> Tensor | SignalShare:
     C = cross.double().diagonal(dim1=-2, dim2=-1)
     G = gram.double().diagonal(dim1=-2, dim2=-1)
     if gram.ndim == 2:
-        return (C / torch.where(G > 0, G, torch.inf)).to(gram.dtype)
+        return (C / torch.where(G <= 0, torch.inf, G)).to(gram.dtype)
     mean = G.mean(0)
-    mean = torch.where(mean > 0, mean, torch.inf)
+    mean = torch.where(mean <= 0, torch.inf, mean)
     share = C.mean(0) / mean
     M = gram.shape[0]
     variance = (C - share * G).square().sum(0) / (M - 1 if M > 1 else torch.nan)
@@ -217,8 +219,9 @@ def signal_share(cross: Tensor, gram: Tensor) -> Tensor | SignalShare:
 def gradient_snr(cross: Tensor, norms_a: Tensor, norms_b: Tensor) -> Tensor:
     """Signal-to-noise power of each reward's gradient, ``|s_k|^2 / E|n_k|^2``, from two batches of one size.
 
-    With ``C_kk = <a_k, b_k>`` it is ``C_kk / (|a_k| |b_k| - C_kk)``. Below 0 where the two batches disagree (noise
-    alone gives values around 0), infinite where they agree exactly, 0 for a reward with zero gradients.
+    With ``C_kk = <a_k, b_k>`` it is ``C_kk / (|a_k| |b_k| - C_kk)``, in float64. Below 0 where the two batches disagree
+    (noise alone gives values around 0); infinite where they agree to 8 roundings of the coarsest dtype given, beyond
+    which a difference means nothing; 0 for a reward with zero gradients. NaN stays in its own entry.
 
     Args:
         cross: ``[..., K, K]``, ``cross_gram`` of the two batches.
@@ -238,8 +241,11 @@ def gradient_snr(cross: Tensor, norms_a: Tensor, norms_b: Tensor) -> Tensor:
     Reference: this project, docs/theory.md, section 12.
     """
     require_gram("cross", cross)
-    C = cross.diagonal(dim1=-2, dim2=-1)
-    require_same_shape("norms_a", norms_a, "the diagonal of cross", C)
-    require_same_shape("norms_b", norms_b, "the diagonal of cross", C)
-    product = (norms_a * norms_b).to(C.dtype)
-    return C / torch.where(product > 0, product - C, 1.0)
+    C = cross.double().diagonal(dim1=-2, dim2=-1)
+    for name, x in (("norms_a", norms_a), ("norms_b", norms_b)):
+        require_float(name, x, "[..., K]", range(1, 65))
+        require_same_shape(name, x, "the diagonal of cross", C)
+    eps = max(torch.finfo(x.dtype).eps for x in (cross, norms_a, norms_b))
+    product = norms_a.double() * norms_b.double()
+    ratio = torch.where((1.0 - _AGREE * eps) * product <= C, torch.inf, C / (product - C))
+    return torch.where(product == 0, 0.0 * C, ratio).to(cross.dtype)

@@ -11,14 +11,15 @@ from marble_core._check import describe, require, require_float, require_prior, 
 def soft_min_weights(gain: Tensor, prior: Tensor, strength: float, *, keep: float = 0.0) -> Tensor:
     """Weights of the K gradients whose sum is the gradient of the soft minimum of the gains.
 
-    With ``F = -1/strength log sum_k prior_k exp(-strength gain_k)`` and ``grad gain_k = g_k``, the gradient of F is
-    ``sum_k w_k g_k`` with ``w_k`` proportional to ``prior_k exp(-strength gain_k)``. F lies between the smallest gain
-    and that plus ``log(1/prior_k)/strength`` (of the smallest), and strength 0 gives the prior's weighted mean: a step
-    along ``sum_k w_k g_k`` raises the rewards that lag. The weights depend on what was measured before the batch, so
-    that ``E[sum_k w_k g_k]`` is exactly that gradient however noisy the ``g_k`` are.
+    Let ``pi = prior / sum(prior)``, ``F = -1/strength log sum_k pi_k exp(-strength gain_k)``, ``grad gain_k = g_k``.
+    The gradient of F is ``sum_k w_k g_k`` with ``w_k`` proportional to ``pi_k exp(-strength gain_k)``. F lies between
+    the smallest gain and that plus ``log(1/pi_k)/strength`` (of the smallest), and strength 0 gives the mean with
+    weights pi: a step along ``sum_k w_k g_k`` raises the rewards that lag. Where the gains were measured before the
+    batch, ``E[sum_k w_k g_k]`` is exactly that gradient however noisy the ``g_k`` are; gains of the same batch bias it
+    by their correlation with its gradients.
 
-    With ``keep`` it is the gradient of ``keep mean + (1 - keep) F``, the prior's mean of the gains and their soft
-    minimum: no weight falls below ``keep prior_k``, and none rises above that plus ``1 - keep``, whatever the gains.
+    With ``keep`` it is the gradient of ``keep mean + (1 - keep) F``, the mean of the gains and their soft minimum: no
+    weight falls below ``keep pi_k``, and none rises above that plus ``1 - keep``, whatever the gains.
 
     Args:
         gain: ``[..., K]``, how far each reward has come, in units that can be compared (standard deviations). NaN
@@ -101,7 +102,8 @@ def shrink_to_prior(weights: Tensor, prior: Tensor, signal: Tensor, standard_err
     With ``z_k = signal_k / standard_error_k``, a reward keeps ``a_k = max(0, 1 - 1/z_k^2)`` of its weight (the
     positive-part James-Stein factor of one estimate) and the prior gives the rest:
     ``a_k w_k + (1 - a_k) prior_k``. At or below one standard error, or where the error is not known, it is the
-    prior's alone. The result is not normalized: of weights and a prior on the simplex it sums to about 1.
+    prior's alone. The result is not normalized: of weights and a prior on the simplex its sum may be well above or
+    below 1.
 
     Args:
         weights: ``[..., K]``: what a solver found.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Literal, NamedTuple
 
 import torch
@@ -118,15 +119,18 @@ def _shared_rows(
     signal, shared = _split(forward(), state.weights)
     state.check(signal, shared, retain=shared is not None or verify or fallback != "error")
     keep = shared is not None or verify
-    rows, unreached = _rows(signal, params, state, retain=keep, fallback=fallback)
-    if verify:
-        autocast = any(layer.autocast for layer in state.layers)
-        require_equal(rows, signal, module, state.weights, autocast=autocast, retain=shared is not None)
     grads: dict[str, Tensor] = {}
-    if shared is not None:
-        found = torch.autograd.grad(shared, list(params.values()), allow_unused=True)
-        named = zip(params.items(), found, strict=True)
-        grads = {name: torch.zeros_like(p, requires_grad=False) if g is None else g for (name, p), g in named}
+    with ExitStack() as stack:  # the way back is in the dtypes of the way there, whatever is around the call
+        for kind in sorted({x.device.type for x in (signal, *params.values())}):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        rows, unreached = _rows(signal, params, state, retain=keep, fallback=fallback)
+        if verify:
+            autocast = any(layer.autocast for layer in state.layers)
+            require_equal(rows, signal, module, state.weights, autocast=autocast, retain=shared is not None)
+        if shared is not None:
+            found = torch.autograd.grad(shared, list(params.values()), allow_unused=True)
+            named = zip(params.items(), found, strict=True)
+            grads = {name: torch.zeros_like(p, requires_grad=False) if g is None else g for (name, p), g in named}
     return SharedRows(rows, grads, signal.detach(), None if shared is None else shared.detach(), unreached)
 
 

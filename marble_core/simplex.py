@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from marble_core._check import has_readable_values, require, require_float, require_gram, require_range
+from marble_core._check import UNREADABLE, has_readable_values, require, require_float, require_gram, require_range
 from marble_core._min_norm import ENUMERATED, apply_floor, enumerate_supports, solve, solve_batch
 
 
@@ -81,7 +81,8 @@ def min_norm_weights(gram: Tensor, *, floor: float = 0.0) -> Tensor:
     """Weights of the shortest vector in the convex hull of K gradients, exact to rounding.
 
     Solves ``argmin_w w^T G w`` subject to ``w >= floor``, ``sum(w) = 1``. By its KKT conditions
-    ``d = sum_k w_k g_k`` has ``<d, g_k> >= |d|^2`` for every k, with equality where ``w_k > 0`` (``floor = 0``).
+    ``d = sum_k w_k g_k`` has ``<d, g_k> >= |d|^2`` for every k, with equality where ``w_k > 0`` (``floor = 0``). Of two
+    or more unit gradients none gets more than 1/2.
 
     Ties are canonical: of all minimizers the one with the least ``sum_k (w_k |g_k|)^2`` is returned, so equal
     gradients share their weight equally and relabelling the gradients relabels the weights. Zero gradients are
@@ -89,8 +90,8 @@ def min_norm_weights(gram: Tensor, *, floor: float = 0.0) -> Tensor:
     weights are constants (no gradient flows through them).
 
     Solved on the host, which from an accelerator costs one transfer of K^2 numbers and is still far quicker than any
-    way that avoids it. Under ``torch.func.vmap`` and ``torch.compile`` K <= 8 is solved where it is, without looking
-    at any value.
+    way that avoids it. Where values cannot be read (inside ``torch.func`` or ``torch.compile``, or of some tensor
+    subclasses) K <= 8 is solved where it is, without looking at any.
 
     Args:
         gram: ``[..., K, K]``, symmetric PSD up to rounding. Exact for K up to 256 at any scale of the gradients.
@@ -100,7 +101,8 @@ def min_norm_weights(gram: Tensor, *, floor: float = 0.0) -> Tensor:
         ``[..., K]`` in the dtype of ``gram``, on the simplex.
 
     Raises:
-        ValueError: ``gram`` is not square, ``floor`` is out of range, or K > 8 under vmap or compile.
+        ValueError: ``gram`` is not square, ``floor`` is out of range, or K > 8 where values
+            cannot be read.
 
     Example:
         >>> min_norm_weights(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
@@ -122,7 +124,7 @@ def min_norm_weights(gram: Tensor, *, floor: float = 0.0) -> Tensor:
         require(
             K <= ENUMERATED,
             "gram",
-            f"K <= {ENUMERATED} under torch.func.vmap or torch.compile",
+            f"K <= {ENUMERATED} {UNREADABLE}",
             f"K = {K}",
             "Call it outside the transform: batches are handled directly.",
         )

@@ -28,6 +28,15 @@ def test_blocks_add_up_in_every_form(K: int, sizes: list[int], seed: int) -> Non
     )
 
 
+@given(gradient_matrices(max_K=6), st.integers(0, 1000))
+def test_the_gram_of_a_sum_of_batches_has_cross_terms(g: Tensor, seed: int) -> None:
+    other = float(g.abs().max()) * randn(*g.shape, seed=seed)
+    C, parts = cross_gram(g, other), gram_matrix(g) + gram_matrix(other)
+    scale = float(parts.diagonal().max())
+    torch.testing.assert_close(gram_matrix(g + other), parts + C + C.T, rtol=1e-12, atol=1e-12 * scale)
+    assert not g.any() or not torch.allclose(gram_matrix(g + other), parts, rtol=0, atol=1e-6 * scale)
+
+
 @given(gradient_matrices(), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
 def test_narrow_rows_keep_a_psd_gram(g: Tensor, dtype: torch.dtype) -> None:
     G = gram_matrix((g / g.abs().max().clamp(min=1e-300)).to(dtype))

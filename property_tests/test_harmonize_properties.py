@@ -28,6 +28,18 @@ def test_every_cosine_is_at_least_the_length_and_the_least_is_equal(g: Tensor) -
     torch.testing.assert_close(d, n_bar * (h.weights / g.norm(dim=1)) @ g, rtol=1e-9, atol=1e-12 * float(n_bar))
 
 
+@given(gradient_matrices(NON_ZERO, min_K=2), st.integers(0, 1000))
+def test_no_direction_has_a_larger_smallest_cosine(g: Tensor, seed: int) -> None:
+    """Neither a random one, nor a gradient, nor one a little away from the best."""
+    h = harmonize(gram_matrix(g))
+    unit = g / g.norm(dim=1, keepdim=True)
+    best = h.weights @ unit
+    step = float(best.norm()) * 10.0 ** -(seed % 4)
+    others = torch.cat([randn(20, g.shape[1], seed=seed), unit, best + step * randn(20, g.shape[1], seed=seed + 1)])
+    others = others / others.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    assert (others @ unit.T).amin(1).max() <= float(h.direction_norm) + 1e-6 * float(h.stationary) + 1e-9
+
+
 @given(gradient_matrices(("stationary", "opposite pair", "all zero"), min_K=2))
 def test_stationarity_is_detected(g: Tensor) -> None:
     h = harmonize(gram_matrix(g))
@@ -116,6 +128,36 @@ def test_in_the_metric_of_the_optimizer_its_step_improves_every_reward(g: Tensor
     assume(not h.stationary)
     step = inv_metric * (h.coefficients @ g)
     assert (g @ step > 0).all()
+    promised = h.norms.mean() * h.norms * h.direction_norm.square()  # lengths in the metric
+    assert (g @ step >= promised * (1 - 1e-6)).all()
+
+
+def test_without_the_metric_the_step_of_adam_may_lower_a_reward() -> None:
+    g, inv_metric = torch.tensor([[1.0, 0.0], [-0.6, 0.8]]).double(), torch.tensor([1.0, 0.1]).double()
+    d = harmonize(gram_matrix(g)).coefficients @ g
+    torch.testing.assert_close(d, torch.tensor([0.2, 0.4]).double())
+    torch.testing.assert_close(g[1] @ (inv_metric * d), torch.tensor(-0.088).double())
+    d = harmonize(gram_matrix(g, inv_metric=inv_metric)).coefficients @ g
+    assert (g @ (inv_metric * d) > 0).all()
+
+
+@given(gradient_matrices(("stationary", "opposite pair", "random", "correlated"), min_K=2, max_K=6), st.integers(0, 99))
+def test_stationarity_does_not_depend_on_the_metric(g: Tensor, seed: int) -> None:
+    h = harmonize(gram_matrix(g))
+    assume(h.direction_norm > 1e-2 or h.direction_norm < 1e-7)
+    for inv_metric in (randn(g.shape[1], seed=seed).exp(), randn(g.shape[1], seed=seed + 1).exp()):
+        assert harmonize(gram_matrix(g, inv_metric=inv_metric)).stationary == h.stationary
+
+
+@given(st.floats(-0.99, -0.05), st.floats(-3, 3))
+def test_weights_of_unit_gradients_on_raw_ones_lower_the_shorter(cosine: float, exponent: float) -> None:
+    """The paper's rule for two gradients: half of each, and the second falls once the first is 1/|cosine| as long."""
+    ratio = 10.0**exponent
+    g = torch.tensor([[ratio, 0.0], [cosine, (1 - cosine**2) ** 0.5]], dtype=torch.float64)
+    w = harmonize(gram_matrix(g)).weights
+    torch.testing.assert_close(w, torch.full((2,), 0.5).double(), rtol=0, atol=1e-9)
+    assume(abs(ratio * abs(cosine) - 1) > 1e-6)
+    assert bool((w @ g) @ g[1] < 0) == (ratio > 1 / abs(cosine))
 
 
 @given(gradient_matrices(NON_ZERO, max_K=8))

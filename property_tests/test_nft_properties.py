@@ -124,6 +124,14 @@ def test_the_velocity_form_in_terms_of_e_and_delta(x: Rows) -> None:
     close(signal, 4 * x.beta * (e * delta).mean((1, 2)))
 
 
+@given(rows, forms)
+def test_at_the_old_policy_the_shared_part_has_no_gradient(x: Rows, form: str) -> None:
+    x.v = x.v_old.clone()
+    shared = x.gradient(torch.full((x.B, 1), 0.5, dtype=torch.float64), form)
+    assert shared.abs().max() <= 1e-12
+    assert x.kind in ("late", "perfect_old") or bool((x.gradient(torch.ones(x.B, 1), form) != 0).any())
+
+
 @given(rows)
 def test_the_x0_form_is_the_velocity_form_over_the_mean_absolute_residual(x: Rows) -> None:
     e, delta = x.v_old - (x.noise - x.x0), x.v - x.v_old
@@ -176,6 +184,12 @@ def test_advantages_combine_exactly_where_nothing_is_clamped(kind: str, weights:
     w = draw_weights(weights, seed, A.shape[1])
     assert clamped_fraction(A, a_max=A_MAX).max() == 0
     close(interpolation(combine_advantages(w, A), a_max=A_MAX), combine_interpolation(w, interpolation(A, a_max=A_MAX)))
+
+
+def test_where_advantages_are_clamped_the_two_ways_to_combine_differ() -> None:
+    A, w = torch.tensor([[10.0, -5.0]]), torch.tensor([0.5, 0.5])
+    assert interpolation(combine_advantages(w, A)).tolist() == [0.75]
+    assert combine_interpolation(w, interpolation(A)).tolist() == [0.5]
 
 
 @given(advantages, seeds, st.floats(-3, 3))

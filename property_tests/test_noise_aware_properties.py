@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from marble_core import (
     gram_matrix,
     harmonize,
     lag_weights,
+    min_norm_weights,
     noise_aware_weights,
     shrink_gram,
     signal_gram,
@@ -51,6 +53,19 @@ def test_no_other_coefficients_have_a_larger_smallest_gain(found: tuple[Tensor, 
 
 
 @given(problems())
+def test_the_smallest_gain_is_the_length_of_the_min_norm_point_of_h(found: tuple[Tensor, Tensor, Tensor]) -> None:
+    """No weights on the simplex give a smaller upper bound, and the bound of the best is reached."""
+    S, G, wanted = found
+    H = S @ torch.linalg.solve(G, S) / wanted / wanted.unsqueeze(1)
+    best, scale = noise_aware_weights(S, G, wanted), float(H.diagonal().max()) ** 0.5
+    others = torch.cat([min_norm_weights(H).unsqueeze(0), randn(20, len(S), seed=len(S)).softmax(1)])
+    bounds = (others @ H * others).sum(1).clamp(min=0).sqrt()
+    assert (best.smallest <= bounds + 1e-6 * scale).all()
+    assert best.smallest >= bounds[0] - 1e-6 * scale
+    assert (best.gains >= best.smallest * wanted * (1 - 1e-12)).all()
+
+
+@given(problems())
 def test_the_step_is_as_long_as_that_of_equal_weights(found: tuple[Tensor, Tensor, Tensor]) -> None:
     S, G, wanted = found
     c, u = noise_aware_weights(S, G, wanted).coefficients, torch.full((len(S),), 1 / len(S)).double()
@@ -84,6 +99,21 @@ def test_scale_and_labels_do_not_matter(found: tuple[Tensor, Tensor, Tensor], ex
     torch.testing.assert_close(noise_aware_weights(scale * S, scale * G, wanted).coefficients, c, rtol=1e-5, atol=1e-7)
     permuted = noise_aware_weights(S[order][:, order], G[order][:, order], wanted[order]).coefficients
     torch.testing.assert_close(permuted, c[order], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.9])
+def test_the_error_of_a_pair_misses_what_noises_of_two_rewards_share(q: float) -> None:
+    """Off the diagonal by ``(1 + q^2) / (1 - q^2)`` in the variance, and the diagonal twice as noisy as is assumed."""
+    K, P, M = 4, 200, 2000
+    mix = torch.linalg.cholesky((1 - q) * torch.eye(K).double() + q)
+    cross = (mix @ randn(M, K, P, seed=1)) @ (mix @ randn(M, K, P, seed=2)).mT  # noise alone: S = 0
+    off = ~torch.eye(K, dtype=torch.bool)
+    symmetric, anti = (cross + cross.mT) / 2, (cross - cross.mT) / 2
+    ratio = float(symmetric[:, off].square().mean() / anti[:, off].square().mean())
+    assert ratio == pytest.approx((1 + q**2) / (1 - q**2), rel=0.1)
+    found = signal_gram(cross)
+    missed = float(found.gram.square().sum((1, 2)).mean() / found.variance.mean())
+    assert missed == pytest.approx((K + 1 + (K - 1) * q**2) / (K * (1 - q**2)), rel=0.1)
 
 
 @given(st.integers(1, 8), st.integers(0, 2**20))

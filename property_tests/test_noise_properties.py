@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from marble_core import (
     harmonize,
     init_gram_ema,
     init_moments,
+    normalize_gram,
     null_alignment,
     psd_part,
     signal_share,
@@ -56,6 +58,32 @@ def test_pure_noise_has_the_null_alignment_for_free_and_nothing_elsewhere() -> N
         cosines = torch.stack(held_out)
         assert abs(z_scores(cosines.flatten(), torch.tensor(0.0))) < 4
         torch.testing.assert_close(cosines.std(), torch.tensor(20_000**-0.5).double(), rtol=0.2, atol=0)
+
+
+@given(st.integers(1, 12), st.floats(0, 0.99), st.integers(0, 1000))
+def test_noises_that_correlate_have_a_larger_null_alignment(n: int, q: float, seed: int) -> None:
+    cosines = (1 - q) * torch.eye(n).double() + q
+    g = torch.linalg.cholesky(cosines) @ torch.linalg.qr(randn(n + 3, n, seed=seed)).Q.T  # noises of correlation q
+    h = harmonize(gram_matrix(randn(n, 1, seed=seed + 1).exp() * g))
+    torch.testing.assert_close(h.weights, torch.full((n,), 1 / n, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert float(h.cosines.min()) == pytest.approx(((1 + (n - 1) * q) / n) ** 0.5, rel=1e-9)
+    assert q > 0 or float(h.cosines.min()) == pytest.approx(null_alignment(n), rel=1e-9)
+
+
+@given(st.integers(1, 8), st.integers(0, 1000))
+def test_orthogonal_noise_shrinks_cosines_and_the_useful_part(n: int, seed: int) -> None:
+    """``G_hat = D Gamma D + I - D^2``, ``D = diag(sqrt(p))``, and ``<d*, s_k / |s_k|> = sum_l w_l D_ll Gamma_lk``."""
+    s, noise = randn(n, 2 * n + 3, seed=seed), torch.zeros(n, 2 * n + 3).double()
+    s[:, n + 3 :] = 0
+    noise[:, n + 3 :] = torch.diag((2 * randn(n, seed=seed + 1)).exp())
+    unit = s / s.norm(dim=1, keepdim=True)
+    Gamma, share = unit @ unit.T, s.square().sum(1) / (s.square().sum(1) + noise.square().sum(1))
+    D = share.sqrt().diag()
+    G_hat = D @ Gamma @ D + torch.eye(n).double() - D @ D
+    torch.testing.assert_close(normalize_gram(gram_matrix(s + noise))[0], G_hat, rtol=0, atol=1e-12)
+    h = harmonize(gram_matrix(s + noise))
+    direction = h.coefficients @ (s + noise) / h.norms.mean()
+    torch.testing.assert_close(unit @ direction, (h.weights * share.sqrt()) @ Gamma, rtol=0, atol=1e-10)
 
 
 def test_cross_gram_is_unbiased_and_the_gram_is_not() -> None:
@@ -146,6 +174,19 @@ def test_moments_closed_form(n: int, decay: float, seed: int, dtype: torch.dtype
     torch.testing.assert_close(corrected["w"][active], expected[active], rtol=1e-4, atol=1e-5)
     assert not corrected["w"][1].any()
     assert not state.mean["w"][1].any()
+
+
+@given(st.floats(0, 0.97))
+def test_a_moment_is_as_noisy_and_as_old_as_a_plain_mean(decay: float) -> None:
+    """Of the last ``n = (1 + decay) / (1 - decay)`` gradients: noise power 1/n, mean age (n - 1) / 2."""
+    steps, n = 1000, (1 + decay) / (1 - decay)
+    noise = torch.eye(steps).double()  # one orthogonal noise of power 1 a step
+    state = init_moments(noise[:1])
+    for x in noise:
+        state, moment = update_moments(state, x.unsqueeze(0), decay=decay)
+    assert float(moment.square().sum()) == pytest.approx(1 / n, rel=1e-9)
+    age = float(moment[0].flip(0) @ torch.arange(steps).double())
+    assert age == pytest.approx((n - 1) / 2, rel=1e-6, abs=1e-12)
 
 
 @given(st.integers(1, 6), st.floats(0, 0.99), st.integers(0, 1000))

@@ -32,6 +32,48 @@ def test_soft_min_weights_are_on_the_simplex(
     assert bool((w[prior == 0] == 0).all())
 
 
+@given(vectors(st.floats(-2, 2)), PRIORS.filter(lambda p: bool((p > 0).all())), st.floats(0.1, 20), st.floats(0, 1))
+def test_soft_min_weights_are_the_gradient_of_the_soft_minimum(
+    gain: torch.Tensor, prior: torch.Tensor, strength: float, keep: float
+) -> None:
+    """With the prior divided by its sum; and the soft minimum lies where it should."""
+    J, pi = gain.clone().requires_grad_(), prior / prior.sum()
+    F = -torch.logsumexp(pi.log() - strength * J, -1) / strength
+    (expected,) = torch.autograd.grad(keep * (pi * J).sum() + (1 - keep) * F, J)
+    w = soft_min_weights(gain, prior, strength, keep=keep)
+    torch.testing.assert_close(w, expected, rtol=1e-9, atol=1e-12)
+    least, lowest = gain.min(dim=0)
+    assert least - 1e-9 <= F.detach() <= least - pi[lowest].log() / strength + 1e-9
+    assert bool((w <= keep * pi + 1 - keep + 1e-12).all())
+
+
+def skewed_batches(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gains ``[n, 2]`` and gradients ``[n, 2]`` of rewards ``exp(x)`` and ``-x``, x ~ N(theta, 1), at theta = 0.
+
+    A batch is 12 groups of 24 images; rewards are in standard deviations, advantages centred in their group.
+    """
+    x = torch.randn(n, 12, 24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    R = torch.stack([(x.exp() - math.exp(0.5)) / math.sqrt((math.e - 1) * math.e), -x], -1)
+    h = ((R - R.mean(2, keepdim=True)) * x.unsqueeze(-1)).mean((1, 2))
+    return R.mean((1, 2)), h
+
+
+def test_gains_of_another_batch_give_unbiased_steps_and_those_of_the_same_do_not() -> None:
+    signals = 23 / 24 * torch.tensor([math.exp(0.5) / math.sqrt((math.e - 1) * math.e), -1.0], dtype=torch.float64)
+    before, same = [], []
+    for seed in range(20):
+        gains, h = skewed_batches(1500, seed)
+        w = soft_min_weights(gains, torch.ones(2), 4.0, keep=0.5)
+        expected = w @ signals
+        before.append((w.roll(1, 0) * h).sum(1) - expected.roll(1, 0))
+        same.append((w * h).sum(1) - expected)
+    step = float((w @ signals).mean())
+    for errors, biased in ((torch.cat(before), False), (torch.cat(same), True)):
+        z = float(errors.mean() / errors.std() * len(errors) ** 0.5)
+        assert (abs(z) > 5) == biased
+    assert 0.02 < abs(float(torch.cat(same).mean()) / step) < 0.07
+
+
 @given(vectors(FLOATS), PRIORS, st.floats(0, 1e3), st.permutations(range(K)))
 def test_relabelling_relabels(gain: torch.Tensor, prior: torch.Tensor, strength: float, order: list[int]) -> None:
     w, relabelled = (soft_min_weights(gain[i], prior[i], strength) for i in (list(range(K)), order))
@@ -43,7 +85,11 @@ def test_a_greater_gain_never_gets_more_weight(gain: torch.Tensor, strength: flo
     prior = torch.ones(K, dtype=torch.float64)
     ahead = gain.clone()
     ahead[k] += more
-    assert soft_min_weights(ahead, prior, strength)[k] <= soft_min_weights(gain, prior, strength)[k] + 1e-12
+    before, after = soft_min_weights(gain, prior, strength), soft_min_weights(ahead, prior, strength)
+    assert after[k] <= before[k] + 1e-12
+    odds = after / after[k] * math.exp(-strength * more)  # of all others against k
+    others = torch.arange(K) != k
+    torch.testing.assert_close(odds[others], (before / before[k])[others], rtol=1e-9, atol=1e-300)
 
 
 @given(vectors(st.one_of(st.floats(-5, 5), st.just(math.nan))), PRIORS, st.floats(1e-3, 20), st.permutations(range(K)))
@@ -62,6 +108,27 @@ def test_lag_weights_are_on_the_simplex_and_fall_with_the_gain(
     assert bool((share[by_gain].diff() <= 1e-12 * share.sum()).all())
     if bool(known.any()):
         assert bool((share[gain[known] >= float(gain[known].min()) + 1.001 * ahead] == 0).all())
+
+
+@given(vectors(st.floats(-5, 5)), PRIORS, st.floats(1e-2, 20))
+def test_lag_weights_are_in_proportion_to_the_gradient_of_squared_gaps(
+    gain: torch.Tensor, prior: torch.Tensor, ahead: float
+) -> None:
+    level, J = gain[prior > 0].min() + ahead, gain.clone().requires_grad_()
+    (downhill,) = torch.autograd.grad(0.5 * (prior * (level - J).clamp(min=0).square()).sum(), J)
+    gap = torch.where(prior > 0, downhill, 0.0)
+    torch.testing.assert_close(lag_weights(gain, prior, ahead), gap / gap.sum(), rtol=1e-9, atol=1e-12)
+
+
+@given(vectors(st.floats(0, 10)), vectors(st.floats(0, 10)), vectors(st.floats(-10, 10)), vectors(st.floats(1e-3, 10)))
+def test_what_is_kept_of_the_solvers_weights_is_the_james_stein_factor(
+    weights: torch.Tensor, prior: torch.Tensor, signal: torch.Tensor, error: torch.Tensor
+) -> None:
+    """``1 - 1/z^2`` and at least 0; what is sure is the solver's alone."""
+    w, z = shrink_to_prior(weights, prior, signal, error), signal / error
+    kept = torch.where(z > 1, 1 - z.clamp(min=1) ** -2, 0.0)
+    torch.testing.assert_close(w - prior, kept * (weights - prior), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(shrink_to_prior(weights, prior, 1e9 * error, error), weights)
 
 
 @given(

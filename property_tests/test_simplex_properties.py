@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from marble_core import min_norm_gap, min_norm_weights, project_simplex
 from property_tests.strategies import CLASSES, gradient_matrices, gradients, randn
 
 EPS = torch.finfo(torch.float64).eps
+NON_ZERO = tuple(kind for kind in CLASSES if kind not in ("zero rows", "all zero"))
 
 
 def assert_exact(G: Tensor, w: Tensor) -> None:
@@ -68,6 +69,47 @@ def test_optimal_on_every_class(g: Tensor) -> None:
     w = min_norm_weights(G)
     assert_exact(G, w)
     assert min_norm_gap(G, w) <= 1e-9 * (w @ G @ w) + 16 * EPS * (G.abs() @ w).max()
+
+
+@given(gradient_matrices(), st.integers(0, 1000))
+def test_the_gap_bounds_the_distance_to_the_shortest_vector(g: Tensor, seed: int) -> None:
+    """``|d_w - d*|^2 <= gap(w)`` at random weights and at every vertex, and ``<d_w, g_k> >= |d_w|^2 - gap(w)``."""
+    G, K = g @ g.T, len(g)
+    W = torch.cat([(3 * randn(4, K, seed=seed)).softmax(1), torch.eye(K, dtype=torch.float64)])
+    gap, shortest, scale = min_norm_gap(G, W), min_norm_weights(G) @ g, float(G.diagonal().max())
+    distance = (W @ g - shortest).square().sum(1)
+    assert (gap >= -1e-12 * scale).all()
+    assert (distance <= gap + 1e-7 * scale).all()
+    promised = (W @ g).square().sum(1) - gap
+    assert ((W @ G).amin(1) >= promised - 1e-12 * scale).all()
+
+
+def test_the_distance_comes_near_to_the_gap() -> None:
+    G, w = torch.tensor([[1.0, 0.0], [0.0, 900.0]], dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    apart = w - min_norm_weights(G)
+    assert apart @ G @ apart > 0.998 * min_norm_gap(G, w)
+
+
+@given(gradient_matrices(tuple(kind for kind in NON_ZERO if kind != "collinear"), min_K=2), st.integers(0, 1000))
+@example(torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64), 0)
+def test_no_unit_gradient_gets_more_than_half(g: Tensor, seed: int) -> None:
+    """And exactly half against a bundle of all others, whether it opposes the bundle or is orthogonal to it."""
+    unit = g / g.norm(dim=1, keepdim=True)
+    assert min_norm_weights(unit @ unit.T).max() <= 0.5 + 1e-9
+    bundle = unit[1:2].expand(len(g), -1).clone()
+    bundle[0] = unit[0] if seed % 2 else randn(g.shape[1], seed=seed)
+    bundle[0] -= (bundle[0] @ bundle[1]).clamp(min=0) * bundle[1]
+    assume(bundle[0].norm() > 1e-3)
+    bundle[0] /= bundle[0].norm()
+    torch.testing.assert_close(min_norm_weights(bundle @ bundle.T)[0], torch.tensor(0.5).double(), rtol=0, atol=1e-9)
+
+
+@given(st.integers(1, 12), st.integers(0, 1000))
+def test_orthogonal_gradients_get_weights_by_their_inverse_squares(K: int, seed: int) -> None:
+    lengths = (2 * randn(K, seed=seed)).exp()
+    g = lengths.unsqueeze(1) * torch.linalg.qr(randn(K + 3, K, seed=seed + 1)).Q.T
+    expected = lengths**-2 / (lengths**-2).sum()
+    torch.testing.assert_close(min_norm_weights(g @ g.T), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", CLASSES)

@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from marble_core._check import describe, require, require_float, require_vector
+from marble_core._check import (
+    describe,
+    has_readable_values,
+    require,
+    require_float,
+    require_prior,
+    require_vector,
+)
 
 
 class Evidence(NamedTuple):
@@ -31,9 +38,11 @@ class Rule(NamedTuple):
     """A balancing rule.
 
     Attributes:
-        init: ``init() -> state``, a pytree of float64 tensors on the CPU, which ``torch.save`` takes.
+        init: ``init() -> state``, a pytree of tensors on the CPU: ``()``, a float64 tensor, or ``Smoothed``, a
+            NamedTuple. To save and load it: docs/cookbook.md, "Save and resume".
         update: ``update(state, evidence) -> (state, coefficients)`` with the coefficients ``[K]`` of the K gradients of
-            this step, float64. Pure: the same evidence gives the same, and nothing that goes in is changed.
+            this step, float64. Pure: the same evidence gives the same, and nothing that goes in is changed. The
+            coefficients are the caller's own: changing them in place changes no state.
     """
 
     init: Callable[[], Any]
@@ -60,9 +69,16 @@ def vector_of(name: str, x: Tensor, K: int) -> Tensor:
 
 
 def prior_of(prior: Tensor | None, K: int) -> Tensor:
-    """A prior's weights in float64 on the CPU; equal ones, of sum 1, without it."""
+    """A prior's weights, not all 0, copied to float64 on the CPU; equal ones, of sum 1, without it."""
     if prior is None:
         return torch.full((K,), 1.0 / K, dtype=torch.float64, device="cpu")
     require_float("prior", prior, "[K]", (1,))
-    require(prior.shape == (K,), "prior", f"K = {K} entries, one a reward", describe(prior))
-    return prior.detach().double().cpu()
+    require_prior(prior, K)
+    if has_readable_values(prior):
+        require(bool((prior > 0).any()), "prior", "an entry above 0", prior.tolist(), "Without a prior: None.")
+    return copied(prior)
+
+
+def copied(x: Tensor) -> Tensor:
+    """A copy in float64 on the CPU, which no change of ``x`` reaches."""
+    return x.detach().to(device="cpu", dtype=torch.float64, copy=True)

@@ -20,7 +20,7 @@ def catch_up(num_rewards: int, *, ahead: float = 0.25, prior: Tensor | None = No
     Args:
         num_rewards: K.
         ahead: standard deviations that a reward may be in front of the last one before it is left to itself.
-        prior: ``[K]``, how much of each reward is wanted; equal shares without it.
+        prior: ``[K]``, how much of each reward is wanted, whatever the sum; equal shares without it.
 
     Example:
         >>> import torch
@@ -39,4 +39,4 @@ def catch_up(num_rewards: int, *, ahead: float = 0.25, prior: Tensor | None = No
         gains = weights * 0 if evidence.gains is None else vector_of("gains", evidence.gains, num_rewards)
         return noise_aware(num_rewards, prior=lag_weights(gains, weights, ahead)).update(state, evidence)
 
-    return Rule(lambda: weights.clone(), update)
+    return Rule(lambda: weights / weights.sum(), update)

@@ -19,7 +19,7 @@ def cone(num_rewards: int, *, prior: Tensor | None = None) -> Rule:
 
     Args:
         num_rewards: K.
-        prior: ``[K]``; equal weights without it.
+        prior: ``[K]``, whose scale is that of the coefficients; equal weights of sum 1 without it.
 
     Example:
         >>> import torch
@@ -36,13 +36,13 @@ def cone(num_rewards: int, *, prior: Tensor | None = None) -> Rule:
         if evidence.gram is None:
             fix = "Give both at a step with a solve."
             require(evidence.cross is None, "evidence.gram", "a matrix beside evidence.cross", "None", fix)
-            return state, state
+            return state, state.clone()
         gram = matrix_of("gram", evidence.gram, num_rewards)
         if evidence.cross is None:
             state = cone_weights(gram, weights)
         else:  # an estimate does not know how long a step is
             signals = psd_part(matrix_of("cross", evidence.cross, num_rewards))
             state = cone_weights(signals, weights, step_gram=gram)
-        return state, state
+        return state, state.clone()
 
     return Rule(lambda: weights.clone(), update)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from marble_core._check import require_vector
-from marble_core.rules.base import Evidence, Rule, prior_of, require_count
+from marble_core._check import describe, require, require_float
+from marble_core.rules.base import Evidence, Rule, copied, prior_of, require_count
 
 
 def uniform(num_rewards: int) -> Rule:
@@ -35,8 +35,9 @@ def weighted_sum(weights: Tensor) -> Rule:
 
     Reference: linear scalarization.
     """
-    require_vector("weights", weights, weights.numel(), "K")
-    return _constant(prior_of(weights, weights.numel()))
+    require_float("weights", weights, "[K]", (1,))
+    require(len(weights) >= 1, "weights", "at least one weight, K >= 1", describe(weights))
+    return _constant(copied(weights))
 
 
 def _constant(coefficients: Tensor) -> Rule:

@@ -31,6 +31,7 @@ class Smoothed(NamedTuple):
 
 def init_smoothed(num_rewards: int) -> Smoothed:
     """Equal weights; no norm known."""
+    require_count(num_rewards)
     equal = torch.full((num_rewards,), 1.0 / num_rewards, dtype=torch.float64, device="cpu")
     return Smoothed(init_coefficients(num_rewards, device="cpu"), equal * torch.nan, equal)
 
@@ -47,7 +48,8 @@ def follow(
     Args:
         gram: ``[K, K]``, that the solution is of.
         rho: weight of what was before.
-        guard: share of the shortest direction's smallest cosine that smoothing must leave; 0 for none.
+        guard: in [0, 1), the share of the shortest direction's smallest inner product with the unit gradients that
+            smoothing must leave; 0 for none.
 
     Returns:
         The state, and the ``rho`` that was used after guarding.
@@ -80,12 +82,14 @@ def marble(
 
     ``coefficients_k = n_bar w_k / |g_k|`` at a solve and until the next one. Give ``evidence.gram`` at every N-th step
     (the paper's N is 10), and nothing in between. On the batch of a solve the direction lowers no reward's sampled
-    objective, and the guard keeps that so under smoothing; docs/theory.md says what it does not promise under noise.
+    objective, and the guard keeps that so under smoothing. Where the batch is Pareto-stationary, no direction improves
+    all rewards: the old coefficients go on, and may lower one. docs/theory.md says what is not promised under noise.
 
     Args:
         num_rewards: K.
         rho: weight of the smoothed weights at a solve.
-        guard: share of the best smallest cosine that smoothing must leave; 0 for none.
+        guard: in [0, 1). The min-norm direction has some smallest inner product with the unit gradients. After
+            smoothing, the smallest one must still be at least ``guard`` times that. 0: no guard.
         solver: from the Gram matrix of unit gradients to weights on the simplex.
 
     Example:
@@ -98,15 +102,15 @@ def marble(
     """
     require_count(num_rewards)
     require_range("rho", rho, 0.0, 1.0)
-    require_range("guard", guard, 0.0, 1.0)
+    require_range("guard", guard, 0.0, 1.0, open_high=True)
 
     def update(state: Smoothed, evidence: Evidence) -> tuple[Smoothed, Tensor]:
         if evidence.gram is None:
-            return state, state.applied
+            return state, state.applied.clone()
         gram = matrix_of("gram", evidence.gram, num_rewards)
         solution = harmonize(gram, solver=solver)
         state, _ = follow(state, solution, gram, rho=rho, guard=guard, keep_direction=True)
-        return state, state.applied
+        return state, state.applied.clone()
 
     return Rule(lambda: init_smoothed(num_rewards), update)
 
@@ -135,11 +139,11 @@ def marble_paper(num_rewards: int, *, rho: float = 0.7) -> Rule:
 
     def update(state: Smoothed, evidence: Evidence) -> tuple[Smoothed, Tensor]:
         if evidence.gram is None:
-            return state, state.applied
+            return state, state.applied.clone()
         gram = matrix_of("gram", evidence.gram, num_rewards)
         solution = harmonize(gram)
         if bool(solution.stationary):
-            return state, state.applied
+            return state, state.applied.clone()
         state, _ = follow(state, solution, gram, rho=rho, guard=0.0, keep_direction=False)
         return state, solution.coefficients
 

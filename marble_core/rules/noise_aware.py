@@ -18,7 +18,7 @@ def noise_aware(num_rewards: int, *, prior: Tensor | None = None) -> Rule:
 
     Args:
         num_rewards: K.
-        prior: ``[K]``, how much of each reward is wanted; equal shares without it.
+        prior: ``[K]``, how much of each reward is wanted, whatever the sum; equal shares without it.
 
     Example:
         >>> import torch
@@ -34,13 +34,13 @@ def noise_aware(num_rewards: int, *, prior: Tensor | None = None) -> Rule:
 
     def update(state: Tensor, evidence: Evidence) -> tuple[Tensor, Tensor]:
         if evidence.cross is None:
-            return state, state
+            return state, state.clone()
         fix = "Give both at a step with a solve."
         require(evidence.gram is not None, "evidence.gram", "a matrix beside evidence.cross", "None", fix)
         assert evidence.gram is not None
         S = shrink_gram(signal_gram(matrix_of("cross", evidence.cross, num_rewards)))[0]
         wanted = num_rewards * weights * S.diagonal().clamp(min=0).sqrt()
         state = noise_aware_weights(S, matrix_of("gram", evidence.gram, num_rewards), wanted).coefficients
-        return state, state
+        return state, state.clone()
 
-    return Rule(lambda: weights.clone(), update)
+    return Rule(lambda: weights / weights.sum(), update)

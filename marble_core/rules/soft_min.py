@@ -33,9 +33,9 @@ def soft_min(num_rewards: int, *, strength: float = 4.0, keep: float = 0.5, prio
 
     def update(state: Tensor, evidence: Evidence) -> tuple[Tensor, Tensor]:
         if evidence.gains is None:
-            return state, state
+            return state, state.clone()
         gains = vector_of("gains", evidence.gains, num_rewards)
         state = soft_min_weights(gains, weights, strength, keep=keep)
-        return state, state
+        return state, state.clone()
 
     return Rule(lambda: weights / weights.sum(), update)

@@ -194,6 +194,16 @@ def test_save_and_load_round_trip() -> None:
 
 
 @pytest.mark.parametrize("std", STDS)
+def test_no_gradient_flows_back_to_the_rewards(std) -> None:
+    """Equal rewards would make it NaN, and running statistics would keep the graph of every batch."""
+    R, groups = torch.tensor([[1.0, 2.0], [3.0, 2.0]], requires_grad=True), torch.tensor([0, 0])
+    stats = update_group_stats(init_group_stats(1, 2), R, groups)
+    assert not any(x.requires_grad for x in stats)
+    assert not group_advantages(R, groups, std=std).requires_grad
+    assert not advantages_from_stats(stats, R, groups, std=std).requires_grad
+
+
+@pytest.mark.parametrize("std", STDS)
 def test_vmap_equals_a_loop(std) -> None:
     items = [batch(N=12, seed=s) for s in range(3)]
     R, groups, applicable = (torch.stack(x) for x in zip(*items, strict=True))

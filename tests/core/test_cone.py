@@ -74,7 +74,7 @@ def test_one_conflict_is_the_closed_form_of_gem() -> None:
 
 def test_two_constraints_at_once() -> None:
     # v = (0, 0, 1) lowers a = (1, 0, -1) and b = (0, 1, -1). d is orthogonal to both: along (1, 1, 1), d = (1, 1, 1)/3.
-    # Repairing one conflict after the other would end elsewhere: lambda = 1/2 each.
+    # Repairing one conflict after the other would end elsewhere: nu = 1/2 each.
     G = gram([0, 0, 1], [1, 0, -1], [0, 1, -1])
     torch.testing.assert_close(exact(G, double(1, 0, 0)), double(1, 1 / 3, 1 / 3))
     # here b's conflict is repaired on the way: v = (0, 1), a = (1, -1), b = (3, -1), d = (1, 1)/2 from a alone
@@ -87,7 +87,7 @@ def test_equal_gradients_share_the_correction() -> None:
         G = gram([1, 0], *[[-1.0, 1.0]] * copies)
         c = exact(G, torch.cat([double(1), torch.zeros(copies).double()]))
         torch.testing.assert_close(c, torch.cat([double(1), torch.full((copies,), 0.5 / copies).double()]))
-    # copies of other lengths share by length: lambda_k |g_k| is equal
+    # copies of other lengths share by length: nu_k |g_k| is equal
     c = exact(gram([1, 0], [-1, 1], [-1e6, 1e6]), double(1, 0, 0))
     torch.testing.assert_close(c, double(1, 0.25, 0.25e-6))
 
@@ -160,8 +160,10 @@ def test_vmap_and_compile_without_reading_a_value() -> None:
         compiled = torch.compile(exact, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(G, prior), loop, rtol=1e-9, atol=1e-9)
         assert exact(G.to("meta"), prior.to("meta")).shape == loop.shape
-    with pytest.raises(ValueError, match=r"K <= 8 under torch.func.vmap or torch.compile, got K = 9. Call it outside"):
+    with pytest.raises(ValueError, match=r"K <= 8 where values cannot be read .*, got K = 9. Call it outside"):
         torch.func.vmap(exact, in_dims=(0, None))(torch.eye(9).expand(2, 9, 9), torch.ones(9))
+    with pytest.raises(ValueError, match=r"inside torch.func"):
+        torch.func.grad(lambda item: exact(item, torch.ones(9)).sum())(torch.eye(9))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

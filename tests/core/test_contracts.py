@@ -352,6 +352,26 @@ def test_a_tensor_of_the_wrong_dtype_is_an_error_or_kept_apart(name: str) -> Non
         case.call(*wrong)
 
 
+# What a loss may contain, or pieces of formulas; everything else gives constants.
+DIFFERENTIABLE = {
+    *("interpolation", "branch_losses", "nft_loss", "affine_terms", "clamped_fraction"),
+    *("combine_interpolation", "combine_advantages", "combine_rows", "flatten_rows", "unflatten_like"),
+    *("gradient_rows", "normalize_gram", "psd_part", "project_simplex", "min_norm_gap", "signal_share", "gradient_snr"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_TENSORS if name not in DIFFERENTIABLE])
+def test_constants_carry_no_graph(name: str) -> None:
+    """Not one that would end in NaN, nor one that a state would hold for ever."""
+
+    def tracked(x: Tensor) -> Tensor:
+        return x.clone().requires_grad_() if x.is_floating_point() else x
+
+    args = CASES[name].args(torch.float64, 0)
+    args = tuple(a if isinstance(a, tuple) else pytree.tree_map_only(Tensor, tracked, a) for a in args)
+    assert not any(x.requires_grad for x in tensors(CASES[name].call(*args)))
+
+
 @pytest.mark.parametrize(
     "state",
     [
@@ -359,6 +379,7 @@ def test_a_tensor_of_the_wrong_dtype_is_an_error_or_kept_apart(name: str) -> Non
         mc.init_coefficients(3),
         mc.init_gram_ema(3),
         mc.init_moments(tree(torch.float32, 0, 3)),
+        mc.update_gains(mc.init_gains(2), rand(6, 2, dtype=torch.float64, seed=0), GROUPS),
         harmonized(torch.float32, 0),
     ],
     ids=lambda state: type(state).__name__,

@@ -57,7 +57,20 @@ def test_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "Pareto-stationary" in capsys.readouterr().out
     torch.save([A, B, 0 * A], tmp_path / "silent.pt")
     assert main([str(tmp_path / "silent.pt")]) == 0
-    assert "Without signal, left out: 2." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Without signal, left out: 2." in said
+    assert float(said.partition("is within ")[2].split()[0]) < 1e-12  # of those with signal
+    assert "2 gradients of nothing but noise would show 0.707" in said
+    assert "nan" not in said
+    torch.save({"10": A, "1": B, "0": torch.nan * A}, tmp_path / "broken.pt")
+    assert main([str(tmp_path / "broken.pt")]) == 0
+    said = capsys.readouterr().out
+    assert "NaN or infinite, left out of all that follows: 0." in said
+    assert "improves all rewards; its cosine with each is at least +0.447" in said
+    assert "nan" not in said
+    torch.save([torch.nan * A, torch.inf * B], tmp_path / "nothing.pt")
+    assert main([str(tmp_path / "nothing.pt")]) == 0
+    assert capsys.readouterr().out.endswith("left out of all that follows: 0, 1.\n")
 
 
 class Evil:

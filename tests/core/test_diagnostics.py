@@ -10,6 +10,7 @@ from torch import Tensor
 
 from marble_core import (
     alignment,
+    cone_weights,
     cross_alignment,
     gram_matrix,
     harmonize,
@@ -56,6 +57,44 @@ def test_cross_alignment_by_hand_and_on_trees() -> None:
     assert null_alignment(9) == pytest.approx(1 / 3)
 
 
+def test_rounding_is_no_conflict() -> None:
+    """The cone's direction has cosines of 0 with those it was turned for, to rounding on either side."""
+    smallest = []
+    for seed in range(50):
+        gram = gram_matrix(torch.randn(4, 6, generator=torch.Generator().manual_seed(seed)))
+        a = alignment(gram, cone_weights(gram, torch.full((4,), 0.25)))
+        assert not a.conflict, seed
+        smallest.append(float(a.minimum))
+    assert -1e-12 < min(smallest) < 0
+    for cosine, conflict in ((-2e-6, True), (-5e-7, False), (5e-7, False)):
+        gram = torch.tensor([[1.0, cosine], [cosine, 1.0]], dtype=torch.float64)
+        assert bool(alignment(gram, torch.tensor([1.0, 0.0])).conflict) == conflict
+
+
+def test_nan_is_not_hidden() -> None:
+    """A cosine of 0 means that a gradient or the direction is 0."""
+    rows = torch.tensor([[1.0, 0.0], [-0.6, 0.8], [math.nan, 0.0], [0.0, 0.0]])
+    for found in (
+        alignment(gram_matrix(rows), torch.tensor([1.0, 0.0, 0.0, 0.0])),
+        alignment(torch.eye(4), torch.tensor([math.nan, 1.0, 0.0, 0.0])),
+    ):
+        assert all(x.isnan().all() for x in found[:4])
+        assert not found.conflict
+    fresh = cross_alignment(torch.tensor([1.0, 0.0]), rows)
+    torch.testing.assert_close(fresh.cosines, torch.tensor([1.0, -0.6, math.nan, 0.0]).double(), equal_nan=True)
+    assert all(x.isnan() for x in fresh[1:4])
+    assert fresh.conflict  # of the second one
+    assert not cross_alignment(torch.tensor([1.0, 0.0]), rows[[0, 2, 3]]).conflict
+    assert cross_alignment(torch.tensor([math.nan, 0.0]), rows).cosines[:3].isnan().all()
+    broken = torch.stack([torch.eye(2), torch.full((2, 2), math.nan)])
+    assert alignment(broken, torch.ones(2)).minimum.isnan().tolist() == [False, True]
+
+
+def test_weights_may_be_on_another_device() -> None:
+    """As for ``combine_rows``: K numbers follow the matrix."""
+    assert alignment(torch.eye(2, device="meta"), torch.ones(2)).cosines.is_meta
+
+
 def draws(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     cosines = 2 * torch.rand(count, 3, generator=generator, dtype=torch.float64) - 1
@@ -70,6 +109,7 @@ def draws(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         (lambda: cross_alignment(torch.ones(3), torch.ones(2, 4)), r"direction: expected a leaf of shape \[4\]"),
         (lambda: cross_alignment({"a": torch.ones(3)}, torch.ones(2, 3)), "direction: expected the structure of rows"),
         (lambda: cross_alignment([], []), "rows: expected at least one leaf"),
+        (lambda: cross_alignment({"w": None}, {"w": torch.ones(2, 3)}), "direction: expected a floating-point tensor"),
         (lambda: null_alignment(0), "K: expected a positive integer"),
     ],
 )

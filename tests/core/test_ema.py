@@ -91,6 +91,14 @@ def test_ema_tree() -> None:
     assert ema_tree(old, new, torch.tensor(1.0))["w"].tolist() == [1.0, 2.0]
 
 
+def test_no_gradient_flows_into_the_state() -> None:
+    w, G = torch.tensor([0.2, 0.8]).requires_grad_(), torch.eye(2).requires_grad_()
+    h = harmonize(torch.eye(2))._replace(weights=w)
+    after, rho_used = update_coefficients(state(0.5, 0.5), h, guard=Guard(G))
+    mixed = ema_tree(torch.ones(1), w[:1], torch.tensor(0.5, requires_grad=True))
+    assert not any(x.requires_grad for x in (*after, rho_used, mixed))
+
+
 def test_an_average_of_bf16_weights_is_kept_in_float32() -> None:
     """In bf16 an EMA of decay 0.999 does not move at all; in float32 it arrives."""
     new = torch.full((1,), 2.0, dtype=torch.bfloat16)
@@ -125,8 +133,10 @@ def test_schedules_are_those_of_the_method() -> None:
         ),
         (
             lambda: update_coefficients(state(1.0), harmonize(torch.eye(1)), guard=Guard(torch.eye(1), 1.0)),
-            "guard.margin",
+            r"guard.margin: expected a number in \(0, 1\), got float 1\.0",
         ),
+        (lambda: ema_tree({"a": 3}, {"a": 4}, 0.5), "new: expected tensors as leaves, got int 4"),
+        (lambda: ema_tree({"a": 3}, {"a": torch.ones(1)}, 0.5), "old: expected tensors as leaves, got int 3"),
         (lambda: ema_tree({"a": torch.ones(1)}, {"b": torch.ones(1)}, 0.5), "new: expected the structure of old"),
         (lambda: ema_tree(torch.ones(1), torch.ones(2), 0.5), "new: expected a leaf of shape"),
         (lambda: ema_tree(torch.ones(1), torch.ones(1), 1.5), "decay: expected a number"),

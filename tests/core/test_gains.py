@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -162,6 +163,36 @@ def test_joined_epochs_keep_means_and_what_never_applied() -> None:
     assert gains_since_start(state)[1].isnan()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("bad", [5, 60])
+def test_a_reward_that_is_not_finite_is_not_forgotten_when_its_epoch_is_joined(bad: int, value: float) -> None:
+    """Joined with others, a mean of NaN must not become a mean of 0."""
+    state, sound = init_gains(2), init_gains(1)
+    for epoch in range(110):
+        values = torch.tensor([[0.0, 0.0], [2.0, 2.0]]) + 0.5 * epoch
+        sound = update_gains(sound, values[:, :1], torch.tensor([3, 3]), learning=epoch < 2)
+        values[0, 1] = value if epoch == bad else values[0, 1]
+        state = update_gains(state, values, torch.tensor([3, 3]), learning=epoch < 2)
+        found = gains_since_start(state)
+        assert bool(found[1].isnan()) == (epoch >= bad), epoch
+    assert len(state.epoch) < 110
+    assert found[0] == gains_since_start(sound)[0]
+
+
+@pytest.mark.parametrize("labels", [[-2, -1], [2**58, 2**58 + 1], [-(2**63), 2**63 - 1]])
+def test_labels_may_be_any_integers_however_long_a_run_is(labels: list[int]) -> None:
+    """Hashes, for instance; what is found is that of labels 0 and 1."""
+    here = there = init_gains(1)
+    g, groups = torch.Generator().manual_seed(0), torch.tensor([0, 0, 1, 1])
+    for epoch in range(70):
+        values = torch.randn(4, 1, generator=g) + 0.1 * epoch
+        here = update_gains(here, values, torch.tensor(labels)[groups], learning=epoch < 3)
+        there = update_gains(there, values, groups, learning=epoch < 3)
+    assert here.prompt.tolist() == [labels[i] for i in there.prompt.tolist()]
+    assert torch.equal(here.mean, there.mean)
+    assert torch.equal(gains_since_start(here), gains_since_start(there))
+
+
 def test_the_order_of_the_images_and_of_the_labels_does_not_matter() -> None:
     g = torch.Generator().manual_seed(0)
     here = there = init_gains(2)
@@ -191,15 +222,16 @@ def test_low_precision_and_inapplicable_values_that_are_not_finite() -> None:
     [
         ({"rewards": torch.zeros(4)}, r"rewards: expected a floating-point tensor of shape \[N, K\]"),
         ({"rewards": torch.zeros(4, 3)}, "rewards: expected K = 2 columns, as the state has"),
-        ({"groups": torch.zeros(4)}, r"groups: expected integers \[N\] = \[4\]"),
-        ({"groups": torch.zeros(3).long()}, r"groups: expected integers \[N\] = \[4\]"),
-        ({"applicable": torch.ones(4, 2)}, r"applicable: expected bool\[4, 2\]"),
+        ({"groups": torch.zeros(4)}, r"groups: expected an integer tensor of shape \[N\] = \[4\]"),
+        ({"groups": torch.zeros(3).long()}, r"groups: expected an integer tensor of shape \[N\] = \[4\]"),
+        ({"applicable": [[True, True]] * 4}, r"applicable: expected a bool tensor of shape \[N, K\] = \[4, 2\]"),
+        ({"applicable": torch.ones(4, 2)}, r"applicable: expected a bool tensor of shape \[N, K\] = \[4, 2\]"),
     ],
 )
-def test_what_cannot_be_used_is_named(change: dict[str, Tensor], message: str) -> None:
+def test_what_cannot_be_used_is_named(change: dict[str, Any], message: str) -> None:
     given = {"rewards": torch.zeros(4, 2), "groups": torch.zeros(4).long(), "applicable": None, **change}
     with pytest.raises(ValueError, match=message):
-        update_gains(init_gains(2), **given)  # type: ignore[arg-type]
+        update_gains(init_gains(2), **given)
 
 
 def test_a_number_of_rewards() -> None:

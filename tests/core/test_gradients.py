@@ -98,6 +98,44 @@ def test_one_cotangent_at_a_time_serves_what_cannot_be_vectorized() -> None:
         assert all(torch.equal(rows[name][k], g) for name, g in alone.items())
 
 
+class Doubled(torch.autograd.Function):
+    """Its backward pass is one that vmap refuses: it reads a value, or fails by itself."""
+
+    @staticmethod
+    def forward(x: Tensor, own: bool) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.own = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        if ctx.own:
+            raise RuntimeError("my own")
+        return (2 if g.sum().item() > 0 else -2) * g, None
+
+
+def test_what_cannot_be_vectorized_is_said_and_the_callers_own_errors_are_left_alone() -> None:
+    with pytest.raises(ValueError, match=r"losses_fn: expected a backward pass that torch can vectorize.*chunk_size=1"):
+        gradient_rows(lambda p: Doubled.apply(p, False)[:2], torch.ones(3))
+    rows = gradient_rows(lambda p: Doubled.apply(p, False)[:2], torch.ones(3), chunk_size=1)
+    assert rows.tolist() == [[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]]
+    with pytest.raises(RuntimeError, match="my own"):
+        gradient_rows(lambda p: Doubled.apply(p, True)[:2], torch.ones(3))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_no_loss_and_leaves_without_gradients_are_named(chunk_size: int | None) -> None:
+    with pytest.raises(ValueError, match=r"losses_fn\(params, \*args\): expected at least one loss, K >= 1"):
+        gradient_rows(lambda p: p[:0], torch.ones(3), chunk_size=chunk_size)
+    for leaf in (torch.ones(3).long(), 3):
+        with pytest.raises(ValueError, match="params: expected a floating-point tensor"):
+            gradient_rows(lambda p: p["w"], {"w": torch.ones(3), "n": leaf}, chunk_size=chunk_size)
+    with pytest.raises(ValueError, match="like: expected tensors as leaves, got int 3"):
+        unflatten_like(torch.ones(3), {"n": 3})
+
+
 @pytest.mark.parametrize("call", [flatten_rows, gram_matrix, lambda x: combine_rows(x, torch.zeros(0))])
 def test_no_gradient_at_all_is_named(call: Callable[[Any], Any]) -> None:
     with pytest.raises(ValueError, match=r"rows: expected at least one gradient, K >= 1, got float32\[0, 3\]"):

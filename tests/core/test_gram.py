@@ -48,7 +48,7 @@ def test_a_stream_holds_one_block_at_a_time() -> None:
 def test_chunks_of_a_long_leaf_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randn(3, 1001, generator=torch.Generator().manual_seed(0))
     whole = gram_matrix(rows, inv_metric=rows[0].abs())
-    monkeypatch.setattr("marble_core.gram._CHUNK", 30)
+    monkeypatch.setattr("marble_core.gram.CHUNK", 30)
     torch.testing.assert_close(gram_matrix(rows, inv_metric=rows[0].abs()), whole, rtol=1e-12, atol=1e-12)
 
 
@@ -98,8 +98,25 @@ def test_psd_part() -> None:
             lambda: gram_matrix(torch.ones(2, 3), inv_metric=torch.ones(4)),
             r"inv_metric: expected a leaf of shape \[3\]",
         ),
-        (lambda: gram_matrix({"a": torch.ones(2, 3)}, inv_metric=[torch.ones(3)]), "rows: expected the structure"),
-        (lambda: gram_matrix(iter([torch.ones(2, 3)] * 2), inv_metric=iter([torch.ones(3)])), "as many blocks"),
+        (
+            lambda: gram_matrix({"a": torch.ones(2, 3)}, inv_metric=[torch.ones(3)]),
+            "inv_metric: expected the structure of rows",
+        ),
+        (lambda: gram_matrix(torch.ones(2, 3), inv_metric=2.0), "inv_metric: expected a floating-point tensor"),
+        (lambda: gram_matrix(torch.ones(0, 3)), "rows: expected at least one gradient"),
+        (
+            lambda: gram_matrix(iter([torch.ones(2, 3)] * 2), inv_metric=iter([torch.ones(3)])),
+            "inv_metric: .* as many blocks",
+        ),
+        (lambda: gram_matrix(iter([torch.ones(2, 3)]), inv_metric=torch.ones(3)), "inv_metric: expected an iterator"),
+        (lambda: cross_gram(iter([torch.ones(2, 3)]), iter([torch.ones(2, 3)] * 2)), "rows_b: .*as rows_a, got more"),
+        (
+            lambda: cross_gram({"w": torch.ones(2, 3)}, {"v": torch.ones(2, 3)}),
+            "rows_b: expected the structure of rows_a",
+        ),
+        (lambda: cross_gram({"w": torch.ones(2, 3)}, {"w": None}), "rows_b: expected a floating-point tensor"),
+        (lambda: cross_gram(torch.ones(2, 3), torch.ones(2, 3).long()), "rows_b: expected a floating-point tensor"),
+        (lambda: cross_gram(torch.ones(0, 3), torch.ones(0, 3)), "rows_a: expected at least one gradient"),
         (lambda: cross_gram(torch.ones(2, 3), torch.ones(2, 4)), r"rows_b: expected the shape of rows_a, \[2, 3\]"),
         (lambda: cross_gram([], []), "rows_a: expected at least one leaf"),
         (lambda: normalize_gram(torch.ones(3, 2)), "G: expected a floating-point Gram matrix"),
@@ -115,17 +132,19 @@ def test_a_list_of_vectors_is_not_read_as_blocks() -> None:
     """Three gradients of 1,000 numbers would give a 1000 x 1000 matrix."""
     g = [torch.randn(1000) for _ in range(3)]
     message = r"expected \[K, P\].*got a {} of 3 vectors, the first float32\[1000\]\. For K gradients use torch\.stack"
+    only_pytrees = r"expected \[K, P\], a pytree with leaves \[K, \.\.\.\], got a {}.*, dict\(enumerate\(rows\)\)\.$"
     for rows in (g, tuple(g)):
         kind = type(rows).__name__
         with pytest.raises(ValueError, match="rows: " + message.format(kind)):
             gram_matrix(rows)
         with pytest.raises(ValueError, match="rows_b: " + message.format(kind)):
             cross_gram(torch.stack(g), rows)
-        with pytest.raises(ValueError, match="rows: " + message.format(kind)):
+        with pytest.raises(ValueError, match="rows: " + only_pytrees.format(kind)):
             combine_rows(rows, torch.ones(3))
-        with pytest.raises(ValueError, match="rows: " + message.format(kind)):
+        with pytest.raises(ValueError, match="rows: " + only_pytrees.format(kind)):
             flatten_rows(rows)
     assert gram_matrix(torch.stack(g)).shape == (3, 3)
     blocks = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])]  # two scalar parameters, K = 2
     assert gram_matrix(iter(blocks)).tolist() == [[10.0, 14.0], [14.0, 20.0]]
     assert gram_matrix(dict(enumerate(blocks))).tolist() == [[10.0, 14.0], [14.0, 20.0]]
+    assert combine_rows(dict(enumerate(blocks)), torch.ones(2)) == {0: 3.0, 1: 7.0}

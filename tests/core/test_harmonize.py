@@ -8,8 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from marble_core import gram_matrix, harmonize, min_norm_weights, rescale
+from marble_core._check import has_readable_values
 
 H = math.sqrt(3) / 2
 
@@ -133,6 +135,23 @@ def test_batches_vmap_and_compile() -> None:
     assert harmonize(torch.zeros(0, 3, 3)).weights.shape == (0, 3)
 
 
+class Sub(Tensor):
+    """A subclass that holds its values itself."""
+
+
+def test_values_of_a_plain_subclass_are_read() -> None:
+    """So that neither K nor the solver is limited, as they are inside of a transform."""
+    G = gram_matrix(torch.randn(12, 40, generator=torch.Generator().manual_seed(0)))
+    for solver in (min_norm_weights, uniform):
+        found = harmonize(G.as_subclass(Sub), solver=solver)
+        assert torch.equal(found.coefficients.as_subclass(Tensor), harmonize(G, solver=solver).coefficients)
+    with FakeTensorMode():
+        assert not has_readable_values(torch.ones(2))
+    assert not has_readable_values(torch.ones(2, device="meta"))
+    with pytest.raises(ValueError, match=r"solver: expected min_norm_weights .*torch\.func"):
+        torch.func.grad(lambda G: harmonize(G, solver=uniform).coefficients.sum())(G)
+
+
 def test_narrow_dtypes() -> None:
     G = torch.tensor([[1.0, -1.0], [-1.0, 4.0]], dtype=torch.bfloat16)
     h = harmonize(G)
@@ -177,5 +196,5 @@ def test_rescaled_weights_reproduce_the_direction_and_an_unknown_length_is_the_m
     torch.testing.assert_close(found, torch.tensor([0.4, 0.2, 0.5]))  # the mean of 1 and 3 is 2
     none = rescale(w, torch.zeros(3), torch.zeros(3, dtype=torch.bool))
     assert none.tolist() == [0.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match=r"active: expected bool\[3\], got float32\[3\]"):
+    with pytest.raises(ValueError, match=r"active: expected a bool tensor of shape \[..., K\] = \[3\], got"):
         rescale(w, norms, torch.ones(3))

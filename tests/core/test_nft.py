@@ -1,6 +1,7 @@
 """The NFT loss: the formulas transcribed, the affine identity, proposition 1, hand values, degenerate rows."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -295,6 +296,24 @@ def test_affine_residual_by_hand_and_at_its_edges() -> None:
     assert not affine_residual(lambda r: 2 * r, zero.requires_grad_(), one).requires_grad
 
 
+def test_affine_residual_takes_what_autograd_returns() -> None:
+    """A tuple or a tree of gradients is as one long one."""
+    w, zero, one = torch.tensor([2.0, -1.0], requires_grad=True), torch.zeros(2), torch.ones(2)
+
+    def gradient(bend: float) -> Callable[[Tensor], Any]:
+        return lambda r: torch.autograd.grad(((r + bend * r.square()) * w).sum(), (w,))
+
+    assert affine_residual(gradient(0.0), zero, one) < 1e-7
+    assert affine_residual(gradient(1.0), zero, one, points=(0.5,)).item() == 0.125  # 0.75 for 1, of 2
+    assert affine_residual(lambda r: {"a": r.square(), "b": [8 * r.sum()]}, zero, one, points=(0.5,)) == 0.25 / 16
+
+
+def test_weights_may_be_on_another_device() -> None:
+    """As for ``combine_rows``: K numbers follow the rows."""
+    for combine in (combine_interpolation, combine_advantages):
+        assert combine(torch.ones(2), torch.ones(3, 2, device="meta")).is_meta
+
+
 def test_affine_residual_asks_for_each_point_once() -> None:
     asked: list[float] = []
 
@@ -324,6 +343,7 @@ DATA: dict[str, Any] = {"x0": V, "noise": V, "t": T}
         ("t: expected", lambda: branch_losses(V, V, **{**DATA, "t": V}, beta=1.0)),
         ("t: expected", lambda: branch_losses(V, V, **{**DATA, "t": torch.zeros(())}, beta=1.0)),
         ("beta: expected", lambda: branch_losses(V, V, **DATA, beta=0.0)),
+        (r"beta: expected a number in \(0, inf\)", lambda: branch_losses(V, V, **DATA, beta=math.inf)),
         ("form: expected", lambda: branch_losses(V, V, **DATA, beta=1.0, form="eps")),  # type: ignore[arg-type]
         ("r: expected", lambda: nft_loss(torch.zeros(3), T, T)),
         ("r: expected", lambda: nft_loss(torch.zeros(4, 2), T, T)),
@@ -334,6 +354,13 @@ DATA: dict[str, Any] = {"x0": V, "noise": V, "t": T}
         ("A: expected", lambda: combine_advantages(T, T)),
         ("r1: expected", lambda: affine_residual(torch.square, T, V)),
         ("points: expected", lambda: affine_residual(torch.square, T, T, points=())),
+        ("points: expected", lambda: affine_residual(torch.square, T, T, points=0.3)),  # type: ignore[arg-type]
+        (r"loss_of_r\(r\): expected a floating", lambda: affine_residual(lambda r: (r, None), T, T)),
+        (r"loss_of_r\(r\): expected at least one number", lambda: affine_residual(lambda r: (), T, T)),
+        (
+            r"loss_of_r\(r\): expected the shape",
+            lambda: affine_residual(lambda r: torch.ones(2 + int(r.sum())), T, T + 1),
+        ),
         ("points: expected", lambda: affine_residual(torch.square, T, T, points=(0.5, 1.0))),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 
 from marble_core import (
     SignalShare,
+    cross_gram,
     gradient_snr,
     init_gram_ema,
     init_moments,
@@ -64,12 +65,36 @@ def test_signal_share_by_hand() -> None:
     silent = signal_share(torch.zeros(2, 2), torch.diag(torch.tensor([1.0, 0.0])))
     assert isinstance(silent, torch.Tensor)
     assert silent.tolist() == [0.0, 0.0]
+    broken = torch.diag(torch.tensor([math.nan, 2.0]))
+    for found in (signal_share(torch.eye(2), broken), signal_share(torch.eye(2)[None], broken[None])[0]):
+        torch.testing.assert_close(found, torch.tensor([math.nan, 0.5]), equal_nan=True)
 
 
 def test_snr_by_hand() -> None:
-    cross = torch.diag(torch.tensor([3.0, -1.0, 0.0, 4.0]))
+    cross = torch.diag(torch.tensor([3.0, -1.0, 0.0, 4.0]))  # of 6, 1, 0 and 4
     a, b = torch.tensor([2.0, 1.0, 0.0, 2.0]), torch.tensor([3.0, 1.0, 1.0, 2.0])
     assert gradient_snr(cross, a, b).tolist() == [1.0, -0.5, 0.0, math.inf]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_snr_of_a_batch_with_itself_is_infinite_whatever_the_rounding(dtype: torch.dtype) -> None:
+    for seed in range(50):
+        x = torch.randn(4, 50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        norms = x.norm(dim=1).to(dtype)
+        assert (gradient_snr((x @ x.T).to(dtype), norms, norms) == math.inf).all()
+    a, b = x.float(), x.float() + 0.01 * torch.randn(4, 50, generator=torch.Generator().manual_seed(99))
+    snr = gradient_snr(cross_gram(a, b), a.norm(dim=1), b.norm(dim=1))  # of batches that nearly agree
+    assert ((snr > 5e3) & (snr < 1e5)).all()
+
+
+def test_nan_is_not_hidden_in_an_snr() -> None:
+    cross, ones = torch.eye(4), torch.full((4,), 2.0)
+    cross[1, 1] = math.nan
+    a, b = ones.clone(), ones.clone()
+    a[2], b[3] = math.nan, 0.0
+    cross[3, 3] = 0.0
+    found = gradient_snr(cross, a, b)
+    torch.testing.assert_close(found, torch.tensor([1 / 3, math.nan, math.nan, 0.0]), equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -77,14 +102,25 @@ def test_snr_by_hand() -> None:
     [
         (lambda: init_gram_ema(0), "K: expected a positive integer, got int 0"),
         (lambda: update_gram_ema(init_gram_ema(2), torch.eye(3), decay=0.5), "gram: expected the shape of state.value"),
-        (lambda: update_gram_ema(init_gram_ema(2), torch.eye(2), decay=1.0), "decay: expected a number in"),
+        (
+            lambda: update_gram_ema(init_gram_ema(2), torch.eye(2), decay=1.0),
+            r"decay: expected a number in \[0, 1\), got",
+        ),
         (lambda: init_moments({}), "rows: expected at least one leaf"),
         (lambda: init_moments([torch.ones(2, 1), torch.ones(3, 1)]), "same leading K"),
         (lambda: update_moments(init_moments(torch.ones(2, 3)), torch.ones(2, 4), decay=0.5), "rows: expected a leaf"),
         (lambda: update_moments(init_moments(torch.ones(2, 3)), [torch.ones(2, 3)], decay=0.5), "the structure of"),
         (
             lambda: update_moments(init_moments(torch.ones(2, 3)), torch.ones(2, 3), decay=0.5, active=torch.ones(2)),
-            r"active: expected a bool tensor of shape \[2\], got float32\[2\]",
+            r"active: expected a bool tensor of shape \[K\] = \[2\], got float32\[2\]",
+        ),
+        (
+            lambda: update_moments(init_moments(torch.ones(2, 3)), torch.ones(2, 3), decay=0.5, active=[True, False]),  # type: ignore[arg-type]
+            r"active: expected a bool tensor of shape \[K\] = \[2\], got list \[True, False\]",
+        ),
+        (
+            lambda: init_moments([torch.ones(4), torch.ones(4)]),
+            r"rows: .* got a list of 2 vectors.*torch\.stack\(rows\)",
         ),
         (lambda: signal_share(torch.eye(2), torch.eye(3)), "cross: expected the shape of gram"),
         (
@@ -92,6 +128,7 @@ def test_snr_by_hand() -> None:
             r"gram: expected \[K, K\] or \[M, K, K\]",
         ),
         (lambda: gradient_snr(torch.eye(2), torch.ones(3), torch.ones(2)), "norms_a"),
+        (lambda: gradient_snr(torch.eye(2), torch.ones(2), [1.0, 1.0]), "norms_b: expected a floating"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_input_is_named(call, message: str) -> None:

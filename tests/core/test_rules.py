@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from marble_core import cone_weights, harmonize, psd_part, soft_min_weights
+from marble_core import Coefficients, cone_weights, harmonize, psd_part, soft_min_weights
 from marble_core.rules import (
     Evidence,
     Rule,
+    Smoothed,
     catch_up,
     cone,
+    init_smoothed,
     marble,
     marble_paper,
     noise_aware,
@@ -69,8 +72,43 @@ def test_a_rule_is_pure_and_a_step_without_evidence_goes_on(name: str) -> None:
         file = io.BytesIO()
         torch.save(kept, file)
         file.seek(0)
-        restored = torch.load(file, weights_only=False)
+        with torch.serialization.safe_globals([Smoothed, Coefficients]):  # as docs/cookbook.md says
+            restored = torch.load(file, weights_only=True)
         assert torch.equal(rule.update(restored, evidence(7))[1], rule.update(kept, evidence(7))[1])
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_coefficients_and_evidence_are_the_callers_own(name: str) -> None:
+    """Changed in place, they change neither the state nor the rule."""
+    rule = RULES[name]
+    state = rule.init()
+    for seen in (Evidence(), evidence(0), Evidence(), Evidence(gram=torch.zeros(K, K))):
+        state, c = rule.update(state, seen)
+        before = [x.clone() for x in pytree.tree_leaves(state)]
+        expected = rule.update(state, evidence(7))[1]
+        for x in (c, *(x for x in seen if x is not None)):
+            x.fill_(9.0)
+        for x, y in zip(before, pytree.tree_leaves(state), strict=True):
+            assert torch.equal(x.nan_to_num(), y.nan_to_num())  # a norm that is not known is NaN
+        assert torch.equal(rule.update(state, evidence(7))[1], expected)
+
+
+@pytest.mark.parametrize("make", [soft_min, cone, noise_aware, catch_up, lambda K, prior: weighted_sum(prior)])
+def test_a_prior_is_copied(make: Any) -> None:
+    prior = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    rule = make(K, prior=prior)
+    first, solved = (rule.update(rule.init(), seen)[1] for seen in (Evidence(), evidence(1)))
+    prior.fill_(1.0)
+    assert torch.equal(rule.update(rule.init(), Evidence())[1], first)
+    assert torch.equal(rule.update(rule.init(), evidence(1))[1], solved)
+
+
+@pytest.mark.parametrize("make", [soft_min, noise_aware, catch_up])
+def test_the_sum_of_a_prior_does_not_matter_before_the_first_solve_either(make: Any) -> None:
+    prior = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    for seen in (Evidence(), evidence(1)):
+        one, large = (rule.update(rule.init(), seen)[1] for rule in (make(K, prior=prior / 10), make(K, prior=prior)))
+        torch.testing.assert_close(one, large)
 
 
 def test_what_the_formulas_say() -> None:
@@ -142,7 +180,11 @@ def test_gradients_that_leave_no_direction_change_nothing() -> None:
     [
         (lambda: uniform(0), "num_rewards: expected an integer of at least 1, got int 0"),
         (lambda: marble(2, rho=2.0), r"rho: expected a number in \[0, 1\]"),
+        (lambda: marble(2, guard=1.0), r"guard: expected a number in \[0, 1\), got float 1\.0"),
+        (lambda: init_smoothed(0), "num_rewards: expected an integer of at least 1, got int 0"),
         (lambda: soft_min(2, strength=-1.0), "strength: expected"),
+        (lambda: weighted_sum([1.0, 3.0]), r"weights: expected a floating-point tensor of shape \[K\]"),  # type: ignore[arg-type]
+        (lambda: weighted_sum(torch.zeros(0)), "weights: expected at least one weight"),
         (lambda: cone(2, prior=torch.ones(3)), "prior: expected K = 2 entries"),
         (lambda: weighted_sum(torch.tensor([1, 2])), "weights: expected a floating-point tensor"),
         (lambda: marble(2).update(marble(2).init(), Evidence(gram=torch.eye(3))), r"evidence.gram: expected \[K, K\]"),
@@ -155,6 +197,14 @@ def test_gradients_that_leave_no_direction_change_nothing() -> None:
 def test_what_cannot_be_used_is_named(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("make", [soft_min, cone, noise_aware, catch_up])
+def test_a_prior_that_cannot_be_used_is_named_at_once(make: Any) -> None:
+    for prior in ([1.0, -1.0], [1.0, torch.nan], [1.0, torch.inf], [0.0, 0.0]):
+        with pytest.raises(ValueError, match=r"prior: expected (finite entries of at least 0|an entry above 0), got"):
+            make(2, prior=torch.tensor(prior))
+    assert weighted_sum(torch.tensor([1.0, -1.0])).update((), Evidence())[1].tolist() == [1.0, -1.0]
 
 
 SHAPES = {"gram": (K, K), "cross": (K, K), "gains": (K,)}

@@ -198,6 +198,33 @@ def test_bf16_autocast() -> None:
         assert_rows(inside.rows, exact, 1e-5)
 
 
+@pytest.mark.parametrize("form", ["eager", "compiled", "compiled before"])
+@pytest.mark.filterwarnings("ignore")
+def test_autocast_around_a_call_rounds_nothing_on_the_way_back(form: str) -> None:
+    """The forward says in which dtypes it computes; sums over rows are in float32 or more, and so is the check."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
+    x, weights = rand(8, 16, seed=1, dtype=torch.float32), rand(8, 3, seed=2, dtype=torch.float32)
+    expected = k_passes(signal_of(module, x), module, weights)
+    run: Any = module if form == "eager" else torch.compile(module, backend="aot_eager")
+
+    def forward() -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", enabled=False):
+            signal = run(x).square().mean(1)
+        return signal, signal.mean()
+
+    if form == "compiled before":
+        shared_cotangent_rows(forward, module, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = shared_cotangent_rows(forward, module, weights, verify=True)
+        assert torch.is_autocast_enabled("cpu")
+    assert_rows(result.rows, expected, 1e-5)
+    shared = k_passes(signal_of(module, x), module, torch.full((8, 1), 1 / 8))
+    assert_rows(result.shared, {name: g[0] for name, g in shared.items()}, 1e-5)
+    torch._dynamo.reset()
+
+
 def test_micro_batches_add_up() -> None:
     module = lora_transformer(torch.float64)
     x, weights = rand(6, 5, 8, seed=4), rand(6, 4, seed=5)

@@ -170,8 +170,10 @@ def test_vmap_and_compile_without_reading_a_value() -> None:
         compiled = torch.compile(min_norm_weights, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(G), loop, rtol=0, atol=1e-9)
         assert min_norm_weights(G.to("meta")).shape == loop.shape
-    with pytest.raises(ValueError, match=r"K <= 8 under torch.func.vmap or torch.compile, got K = 9"):
+    with pytest.raises(ValueError, match=r"K <= 8 where values cannot be read .*, got K = 9"):
         torch.func.vmap(min_norm_weights)(torch.eye(9).expand(2, 9, 9))
+    with pytest.raises(ValueError, match=r"inside torch.func"):
+        torch.func.grad(lambda item: min_norm_weights(item).sum())(torch.eye(9))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
