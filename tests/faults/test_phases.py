@@ -124,11 +124,13 @@ def test_a_run_that_dies_in_a_phase_ends_as_an_undisturbed_one(tmp_path: Path, c
     assert {path.name for path in run.rglob("*")} == {path.name for path in calm.rglob("*")}
 
 
+ADDING = Phase("torch.distributed:all_reduce", "before", 3)
 SHARED = {
     "sampling": Phase("reference.policy.adapters:merged", "before", 3),
     "scoring": Phase("reference.interfaces:score", "before", 2),
     "training": Phase("reference.step.gradients:branch_losses", "after", 2),
     "measuring": Phase("reference.step.gradients:shared_cotangent_rows", "after", 1),
+    "adding up: all have met": ADDING,
     "stepping": Phase("torch.optim:AdamW.step", "after", 2),
     "evaluating": Phase("reference.run.held_out:evaluate", "before", 2),
     "saving": Phase("reference.train:save_state", "before", 2),
@@ -142,21 +144,34 @@ SHARED = {
 def test_the_others_end_with_a_line_in_whichever_phase_one_dies(
     tmp_path: Path, name: str, number: str, victim: int
 ) -> None:
-    """And the run goes on from there, on one process."""
-    run, phase = tmp_path / "run", SHARED[name]
-    dies = f"{phase.target} {phase.when} {phase.call} {number} {victim}"
-    processes = start(run, FLAGS["a shared base"], program=DYING + PROGRAM, environment={"DIES": dies})
+    _ends_with_a_line_and_goes_on(tmp_path / "run", "a shared base", SHARED[name], f"{number} {victim}")
+
+
+@pytest.mark.parametrize("victim", [0, 1] if EVERY else [1])
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"] if EVERY else ["SIGSTOP"])
+def test_the_others_end_with_a_line_where_one_dies_between_meeting_and_adding_up(
+    tmp_path: Path, number: str, victim: int
+) -> None:
+    """Where each has its own base, and nothing but the collective's own time limit ends it."""
+    _ends_with_a_line_and_goes_on(tmp_path / "run", "each its own base", ADDING, f"{number} {victim}")
+
+
+def _ends_with_a_line_and_goes_on(run: Path, how: str, phase: Phase, who: str) -> None:
+    """One of two processes dies; the other says so; the run goes on from there, on one process."""
+    number, victim = who.split()[0], int(who.split()[1])
+    dies = f"{phase.target} {phase.when} {phase.call} {who}"
+    processes = start(run, FLAGS[how], program=DYING + PROGRAM, environment={"DIES": dies})
     (said,) = end([processes[1 - victim]])
     gone = processes[victim].poll()
     processes[victim].kill()
     processes[victim].communicate()
-    assert gone == (-9 if number == "SIGKILL" else None), f"{name} is never reached: {said}"
+    assert gone == (-9 if number == "SIGKILL" else None), f"{phase} is never reached: {said}"
     assert "hangs" not in said
     assert_last_line_says_who_is_gone(said)
     assert "Traceback" not in said
     assert "frame #" not in said  # of C++
     assert processes[1 - victim].returncode != 0
-    again = start(run, [*FLAGS["a shared base"], *(["--resume"] if begun(run) else [])], size=1)
+    again = start(run, [*FLAGS[how], *(["--resume"] if begun(run) else [])], size=1)
     said_again = end(again)
     assert [p.returncode for p in again] == [0], said_again
     assert_all_steps(run)

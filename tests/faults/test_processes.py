@@ -29,9 +29,10 @@ pytestmark = pytest.mark.slow
 
 # Short times, so that a test does not take minutes.
 PROGRAM = """
-import sys
+import datetime, sys
 from reference.__main__ import main
-from reference.processes import alive
+from reference.processes import alive, peers
+peers._COLLECTIVE = datetime.timedelta(seconds=30)
 alive._PATIENCE, alive._BEAT, alive._SILENCE, alive._STUCK = 2.0, 0.2, 2.0, 2.0
 sys.exit(main(sys.argv[1:]))
 """
