@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import marble_core
-from marble_core.diagnostics import _LOWERED, alignment, null_alignment
+from marble_core.diagnostics import LOWERED, alignment, null_alignment
 from marble_core.gram import gram_matrix, normalize_gram
 from marble_core.harmonize import harmonize
 from marble_core.rules import Evidence, Rule, cone, marble, uniform
@@ -118,7 +118,7 @@ def report(names: Sequence[str], rows: dict[str, Tensor]) -> str:
     for k, name in enumerate(names):
         lines.append(f"{name:{width}}  {float(norms[k]):10.4g}  " + " ".join(f"{x:+.3f}" for x in cosines[k].tolist()))
     pairs = [(float(cosines[j, k]), names[j], names[k]) for j in range(len(names)) for k in range(j)]
-    opposed = sorted(pair for pair in pairs if pair[0] < _LOWERED)
+    opposed = sorted(pair for pair in pairs if pair[0] < LOWERED)
     lines += ["", f"{len(opposed)} of {len(pairs)} pairs point apart" + (":" if opposed else ".")]
     lines += [f"    {a} against {b}: cosine {cosine:+.3f}" for cosine, a, b in opposed[:5]]
     lines += ["", f"{'rule':16} {'smallest cosine':>15}  coefficients"]
@@ -128,7 +128,7 @@ def report(names: Sequence[str], rows: dict[str, Tensor]) -> str:
     for label, rule in rules.items():
         c = rule.update(rule.init(), Evidence(gram=gram))[1]
         found = alignment(gram, c)
-        lowered = [name for name, cosine in zip(names, found.cosines.tolist(), strict=True) if cosine < _LOWERED]
+        lowered = [name for name, cosine in zip(names, found.cosines.tolist(), strict=True) if cosine < LOWERED]
         what = f"   lowers {', '.join(lowered)}" if lowered else ""
         lines.append(f"{label:16} {float(found.minimum):+15.3f}  " + " ".join(f"{x:.4g}" for x in c.tolist()) + what)
     return "\n".join([*lines, "", *_in_words(names, gram)])
@@ -145,8 +145,8 @@ def _in_words(names: Sequence[str], gram: Tensor) -> list[str]:
         best = float(solution.cosines[solution.active].min())
         lines.append(f"There is a direction that improves all rewards; its cosine with each is at least {best:+.3f}.")
     gap = max(float(solution.gap), 0.0)
-    square = "the square of the shortest combination of unit gradients"
-    lines.append(f"Certificate: {square} is within {2 * gap:.1e} of the least possible.")
+    length = "the combination of unit gradients has a squared length"
+    lines.append(f"Certificate: {length} within {2 * gap:.1e} of the least possible.")
     K = len(names) - len(silent)
     if K >= 2:
         noise = f"{K} gradients of nothing but noise would show {null_alignment(K):.3f} too"

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from marble_core._check import describe, require, require_float, require_gram
 
-_LOWERED = -1e-6  # cosines between this and 0 may be rounding
+LOWERED = -1e-6  # cosines between this and 0 may be rounding
 
 
 class Alignment(NamedTuple):
@@ -114,7 +114,7 @@ def _summarize(products: Tensor, length: Tensor, norms: Tensor, dtype: torch.dty
     minimum = torch.where(on.any(-1), minimum, 0.0)
     mean = (cosines * on).sum(-1) / n
     variance = ((cosines - mean.unsqueeze(-1)).square() * on).sum(-1) / n
-    conflict = (cosines < _LOWERED).any(-1)
+    conflict = (cosines < LOWERED).any(-1)
     return Alignment(cosines.to(dtype), minimum.to(dtype), mean.to(dtype), variance.to(dtype), conflict)
 
 

@@ -59,7 +59,7 @@ def test_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main([str(tmp_path / "silent.pt")]) == 0
     said = capsys.readouterr().out
     assert "Without signal, left out: 2." in said
-    assert float(said.partition("is within ")[2].split()[0]) < 1e-12  # of those with signal
+    assert float(said.partition("squared length within ")[2].split()[0]) < 1e-12  # of those with signal
     assert "2 gradients of nothing but noise would show 0.707" in said
     assert "nan" not in said
     torch.save({"10": A, "1": B, "0": torch.nan * A}, tmp_path / "broken.pt")
