@@ -24,6 +24,6 @@ def lagging_only(num_rewards: int) -> Rule:
         if evidence.gains is not None and not evidence.gains.isnan().all():
             least = evidence.gains.nan_to_num(torch.inf).argmin()
             state = torch.eye(num_rewards, dtype=torch.float64)[least]
-        return state, state
+        return state, state.clone()
 
     return Rule(lambda: torch.full((num_rewards,), 1 / num_rewards, dtype=torch.float64), update)

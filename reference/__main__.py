@@ -94,6 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a disk that is full, say
+        print(error, file=sys.stderr)
+        return 1
     except (Interrupted, KeyboardInterrupt) as error:
         print(str(error) or "stopped", file=sys.stderr)
         return 130

@@ -28,7 +28,7 @@ from reference.config.flags import (
     Train,
 )
 from reference.config.presets import preset
-from reference.config.settings import Config, is_world, training_times
+from reference.config.settings import Config, Preset, is_world, training_times
 from reference.config.toml import from_toml
 from reference.errors import TrainingError
 
@@ -129,10 +129,16 @@ def diagnose_command(a: Diagnose) -> None:
     """Run ``diagnose``."""
     from reference.experiments.diagnose import diagnose
 
-    settings = preset(a.preset) if a.run is None else from_toml(a.run / "config.toml", preset(a.preset))
-    settings = dataclasses.replace(settings, threads=a.threads)
+    settings = dataclasses.replace(_examined(a.run, a.preset), threads=a.threads)
     folder = a.folder or (Path("runs/diagnose") if a.run is None else a.run / "diagnose")
     print(diagnose(settings, run=a.run, units=a.units, held_out=a.held_out, sketch=a.sketch, folder=folder))
+
+
+def _examined(run: Path | None, name: Preset) -> Config:
+    """The settings of a run, or of a preset where there is none."""
+    from reference.run.state import load_run
+
+    return preset(name) if run is None else load_run(run, "auto")[0]
 
 
 def settle_command(a: Settle) -> None:
@@ -140,7 +146,7 @@ def settle_command(a: Settle) -> None:
     from reference.experiments.settle import Setting, settle
     from reference.experiments.settle_tables import tables
 
-    config = preset(a.preset) if a.run is None else from_toml(a.run / "config.toml", preset(a.preset))
+    config = _examined(a.run, a.preset)
     log = dataclasses.replace(config.log, eval_prompts=a.eval_prompts)
     config = dataclasses.replace(config, threads=a.threads, log=log)
     validate(config)

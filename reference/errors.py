@@ -39,6 +39,8 @@ def with_the_way_on(error: Exception, step: int) -> Exception:
     if isinstance(error, Interrupted | PeerError | ConfigError | CheckpointError):
         return error
     if isinstance(error, RewardError | TrainingError):
+        if "--resume" in str(error):  # it says itself what to do
+            return error
         return type(error)(f"{error} {go_on}" if str(error).endswith(".") else f"{error}. {go_on}")
     if isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST):
         return TrainingError(f"another process is gone, or was silent for too long; see its output. {go_on}")

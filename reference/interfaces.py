@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reference.errors import ConfigError, RewardError
+from reference.errors import ConfigError, RewardError, TrainingError
 
 _WAITS = (1.0, 2.0, 4.0)  # seconds before a reward whose connection failed is tried again
 _CLIENTS = ("requests", "urllib3", "httpx", "httpcore", "aiohttp", "openai", "grpc")
@@ -54,13 +54,15 @@ def load_callable(path: str, argument: str) -> Callable[..., Any]:
     """The callable at a dotted path, ``package.module:name`` or ``package.module.name``.
 
     Raises:
-        ConfigError: there is no such module or name, or it is not callable.
+        ConfigError: there is no such module or name, its file cannot be run, or it is not callable.
     """
     module, _, name = path.replace(":", ".").rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name) if module else None
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{argument}: expected the dotted path of a callable, got {path!r}: {error}.") from error
+    except (Exception, SystemExit) as error:  # whatever a file of the user's raises
+        raise ConfigError(
+            f"{argument}: expected the dotted path of a callable, got {path!r}: {place_of(error)}."
+        ) from error
     if not callable(found):
         raise ConfigError(
             f"{argument}: expected the dotted path of a callable such as package.module:name, got {path!r}."
@@ -83,7 +85,16 @@ def score(rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[Promp
     Raises:
         RewardError: a reward raised, or returned the wrong number of scores, or one that is not finite. It names the
             reward and, where there is one, the first image and prompt.
+        TrainingError: an image is not finite, which is no reward's fault.
     """
+    bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten()
+    if len(bad):
+        i = int(bad[0])
+        raise TrainingError(
+            f"the policy's images are not finite, image {first + i} ({prompts[i].text!r}) and {len(bad) - 1} more: "
+            "training has come apart. Start another run with a lower optim.lr or a higher loss.kl_weight; this one "
+            "would end here again after --resume."
+        )
     columns = [_column(name, reward, images, prompts, first) for name, reward in rewards.items()]
     return Scores(torch.stack([c.values for c in columns], 1), torch.stack([c.applicable for c in columns], 1))
 
@@ -128,9 +139,14 @@ def _unreadable(x: object, N: int) -> str:
 
 
 def place_of(error: BaseException) -> str:
-    """An exception with the file and the line that raised it."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
+    """An exception with the file and the line that raised it, or that cannot be read."""
+    if isinstance(error, SyntaxError) and error.filename:
+        file, line, text = error.filename, error.lineno, error.msg
+    else:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        file, line, text = last.filename, last.lineno, str(error)
+    where = "" if "importlib" in file or file == __file__ else f" ({Path(file).name}, line {line})"
+    return f"{type(error).__name__}: {text}{where}"
 
 
 def _called(name: str, reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Any:

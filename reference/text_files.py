@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ def read_text(path: Path, argument: str) -> str:
     if kind is not None:
         raise ConfigError(f"{argument}: cannot read {path}: it is {kind}, expected text in UTF-8.")
     try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{argument}: cannot read {path}: {error}. Save it as UTF-8.") from error
 
@@ -58,6 +60,20 @@ def whole(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def make_folder(folder: Path, argument: str = "--folder") -> None:
+    """Make a folder for results and try to write there: before the work, as that may take hours.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{argument}: cannot write to {folder}: {error}. Choose another.") from error
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -83,7 +99,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def prompt_lines(path: Path) -> list[tuple[int, str]]:
-    """The prompts of a file with their line numbers, a JSON object as its text; blank lines are skipped, and counted.
+    """The prompts of a file with their line numbers, a row of GenEval as its text; blank ones are skipped and counted.
 
     Read are plain lines, JSON objects a line, a JSON array of texts or of objects, and tables (.csv, .tsv) with a
     column named prompt.
@@ -101,6 +117,7 @@ def prompt_lines(path: Path) -> list[tuple[int, str]]:
     else:
         found = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1)]
         _refuse_other(path, text)
+    found = [(number, _bare(line)) for number, line in found]
     kept = [(number, line) for number, line in found if line]
     if not kept:
         raise ConfigError(f"{argument}: expected at least one prompt, got an empty file {path}.")
@@ -108,6 +125,16 @@ def prompt_lines(path: Path) -> list[tuple[int, str]]:
     if blank > 0:
         print(f"{path}: {blank} blank line{'s are' if blank > 1 else ' is'} skipped", file=sys.stderr)
     return kept
+
+
+def _bare(line: str) -> str:
+    """The prompt of a JSON object that has one and nothing of GenEval's; any other line as it is."""
+    if line.startswith("{"):
+        with contextlib.suppress(ValueError):
+            row = parse_json(line)
+            if isinstance(row.get("prompt"), str) and not {"tag", "include", "exclude"} & row.keys():
+                return " ".join(row["prompt"].split())
+    return line
 
 
 def _array(path: Path, text: str) -> list[tuple[int, str]]:
@@ -132,7 +159,7 @@ def _entry(path: Path, number: int, row: Any) -> str:
 
 def _table(path: Path, text: str) -> list[tuple[int, str]]:
     """The column named prompt of a table."""
-    reader = csv.DictReader(text.split("\n"), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     try:
         return _column(path, reader)
     except csv.Error as error:

@@ -37,7 +37,7 @@ _STOPPED = "stopped after step {}; go on with --resume"
 _MAX_SKIPPED = 10  # steps in a row without a finite gradient
 _NOT_FINITE = (
     f"the gradient was not finite {_MAX_SKIPPED} steps in a row (last at step {{}}). The weights of the last good step "
-    "are saved; try a lower optim.lr, a lower optim.clip, or look at the rewards."
+    "are saved; look at the rewards, or start another run with a lower optim.lr or optim.clip."
 )
 _NOTHING_APPLIES = (
     "none of the rewards applies to any prompt: there is nothing to learn. Give prompts with what the rewards need to "
@@ -79,14 +79,14 @@ def _loop(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None) 
     while True:
         if evaluation_due(config, state):
             state = _evaluated(run, state)
-            if state.epoch == config.epochs:
+            if state.epoch >= config.epochs:
                 save_state(run, state, last=True)
-        if state.epoch == config.epochs:
+        if state.epoch >= config.epochs:
             return
         state = _epoch(run, state, stop, rng)
         rng = None
         if (save_every and state.epoch % save_every == 0) or evaluation_due(config, state):
-            save_state(run, state, last=state.epoch == config.epochs)
+            save_state(run, state, last=state.epoch >= config.epochs)
 
 
 def _evaluated(run: Run, state: State) -> State:
@@ -99,10 +99,8 @@ def _evaluated(run: Run, state: State) -> State:
 
 
 def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None) -> State:
-    """One epoch, or what is left of it: its rollout depends on the seed, the epoch and the old policy alone.
-
-    Whatever stops it leaves the newest state on disk.
-    """
+    """One epoch, or what is left of it: its rollout depends on the seed, the epoch and the old policy alone. Whatever
+    stops it leaves the newest state on disk."""
     config, clock, cpu = run.config, [time.monotonic()], time.process_time()
     try:
         _stop_if_asked(run, state, stop)
@@ -114,10 +112,9 @@ def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None)
         if not so_far.images.any():
             raise TrainingError(_NOTHING_APPLIES)
         gains = gains_since_start(so_far)
-        A, A_sum = advantages(rollout.scores, config)
-        weighed = Weighed(rollout, A, A_sum, state.epoch)
-        raw_sum = raw_sum_weights(A, A_sum) if run.method.weigh is by_raw_sum else None
-        parts = images_of_steps(len(A), config, state.epoch)
+        weighed = Weighed(rollout, *advantages(rollout.scores, config), state.epoch)
+        raw_sum = raw_sum_weights(weighed.A, weighed.A_sum) if run.method.weigh is by_raw_sum else None
+        parts = images_of_steps(len(rollout.prompts), config, state.epoch)
         if rng is not None:
             checkpoint.set_rng_state(rng)
         while state.part < len(parts):
@@ -138,7 +135,7 @@ def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None)
     follow_old(run.policy, state.step, config.optim.old_decay)
     clock.append(time.monotonic())
     health, warnings = end_epoch(state.health, state.epoch)
-    notes = epoch_notes(A, rollout.scores, so_far, config.rewards) + warnings
+    notes = epoch_notes(weighed.A, rollout.scores, so_far, config.rewards) + warnings
     log_epoch(run, state, rollout.scores, gains, clock, time.process_time() - cpu, notes)
     return state._replace(epoch=state.epoch + 1, part=0, gains=so_far, health=health)
 

@@ -6,6 +6,8 @@ import dataclasses
 import math
 import urllib.parse
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from reference.config.settings import (
     BUILT_IN_RULES,
@@ -37,7 +39,6 @@ def validate(config: Config) -> None:
         len(config.reward_weights) in (0, len(names)), f"reward_weights to be empty or {len(names)} numbers, one a "
         "reward", config.reward_weights,
     )  # fmt: skip
-    _check(all(map(math.isfinite, config.reward_weights)), "reward_weights to be finite", config.reward_weights)
     _check(not config.reward_weights or config.balance == "weighted-sum", "reward_weights only with balance "
            "weighted-sum; another rule would ignore them", config.reward_weights)  # fmt: skip
     _check(rollout.images_per_prompt >= 2, "rollout.images_per_prompt to be at least 2: advantages are relative to the "
@@ -52,11 +53,38 @@ def validate(config: Config) -> None:
            "compile every block again and again", config.model.compile)  # fmt: skip
     _check_prompts(config)
     _check_rule(config)
+    _check_finite(config)
+
+
+def at_least(least: int, **values: float) -> None:
+    """Check flags of a command that are numbers.
+
+    Raises:
+        ConfigError: the first that is smaller, or not finite.
+
+    Example:
+        >>> at_least(1, images=2, save_every=1)
+    """
+    for name, value in values.items():
+        if not least <= value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}.")
+
+
+def _check_finite(group: Any, prefix: str = "") -> None:
+    """Numbers that are infinite or none; most are caught by their ranges."""
+    for name, value in vars(group).items():
+        if dataclasses.is_dataclass(value):
+            _check_finite(value, f"{prefix}{name}.")
+        numbers = value if isinstance(value, tuple) else (value,)
+        finite = all(math.isfinite(x) for x in numbers if isinstance(x, float))
+        _check(finite, f"{prefix}{name} to be finite", value)
 
 
 def _check_names(config: Config) -> None:
-    """Names of rewards that are unknown, or that judge the images of another model."""
-    world = is_world(config.model.base)
+    """Names that are unknown, and rewards that judge the images of another model."""
+    world, base = is_world(config.model.base), config.model.base
+    known_place = world or "/" in base or Path(base).exists()
+    _check(known_place, "model.base to be world, a folder that exists, or an id on the hub such as owner/name", base)
     known, others = (WORLD_REWARDS, tuple(REWARDS)) if world else (tuple(REWARDS), WORLD_REWARDS)
     what = "the small world" if world else "Stable Diffusion 3"
     for key, names in (("rewards", config.rewards), ("log.watch", config.log.watch)):

@@ -21,7 +21,8 @@ class Train:
 
     settings: Annotated[Config, tyro.conf.arg(name="")]
     preset: Preset = "world"
-    """Starting values: world (20-30 minutes on two cores), demo (minutes), tiny (seconds), sd35m, sd35m-single-gpu."""
+    """Starting values: world and world-conflict (20-30 minutes on two cores), demo (minutes), tiny (seconds), sd35m,
+    sd35m-single-gpu."""
     config: Path | None = None
     """TOML file with values for some of the fields, such as the config.toml of another run."""
     resume: bool = False
@@ -39,7 +40,7 @@ class Demo:
     seed: int = 0
     """Seed of all runs."""
     folder: Path = preset("demo").run
-    """Where the runs go; those of an earlier demo are replaced."""
+    """Where the runs go; those of an earlier demo are replaced, and anything else is refused."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,8 @@ class Settle:
     images: int = 2
     """Images of each of them."""
     folder: Path | None = None
-    """Where the batches and settle.md go; by default settle/ in the run folder, or runs/settle/ and the preset's "
-    "name."""
+    """Where the batches and settle.md go; by default settle/ in the run folder, or runs/settle/ and the preset's
+    name. Batches of other settings or another policy are refused."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
 
@@ -254,10 +255,10 @@ class MakePrompts:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How well the five rewards judge rendered scenes, where the truth is known."""
+    """How well the eight rewards judge rendered scenes, where the truth is known."""
 
     count: int = 1000
-    """Scenes."""
+    """Scenes, at least 10: two of each kind."""
     seed: int = 1
     """Seed of the scenes."""
 

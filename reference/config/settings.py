@@ -210,7 +210,7 @@ class Config:
     balance: str = "soft-min"
     """soft-min, catch-up, marble, marble-paper, noise-aware, cone, weighted-sum, uniform, or module:callable, yours."""
     rewards: tuple[str, ...] = ("objects", "text", "similarity", "colour", "jpeg")
-    """Rewards to raise: names of the world's five or of reference/rewards/, or module:callable of your own."""
+    """Rewards to raise: names of the world's eight or of reference/rewards/, or module:callable of your own."""
     reward_weights: tuple[float, ...] = ()
     """Weights of the raw rewards for weighted-sum; empty for 1 each."""
     epochs: int = 80
@@ -241,7 +241,7 @@ class PretrainConfig:
     lr: float = 2e-3
     """Learning rate, of Muon for the matrices inside the blocks and of AdamW for all else."""
     warmup: int = 100
-    """Steps of linear warm-up; then the rate is constant, and the averaged weights are what is kept."""
+    """Steps of linear warm-up, 0 for none; then the rate is constant, and the averaged weights are what is kept."""
     ink_weight: float = 1.0
     """Weight in the loss of the pixels that text inks."""
     seed: int = 0

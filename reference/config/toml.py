@@ -26,8 +26,9 @@ def from_toml(path: Path, base: Config) -> Config:
     Raises:
         ConfigError: the file cannot be read, a key is unknown (with the nearest valid one), or a type is wrong.
     """
+    text = read_text(path, "config")
     try:
-        values = tomllib.loads(read_text(path, "config"))
+        values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # no TOML, a number of too many digits, nested too deeply
         raise ConfigError(f"config: cannot read {path}: {error}") from error
     updated: Config = _updated(base, values, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from marble_core import GainState, gains_since_start
 from reference.config.settings import Config, training_times
+from reference.config.toml import to_toml
 from reference.policy.adapters import Policy, load_adapter
 from reference.policy.base import Base
 from reference.policy.load import load_model
-from reference.prompts.pool import Pool, all_prompts, images_of_epoch, pool_of
+from reference.prompts.pool import Pool, all_prompts, held_out_prompts, images_of_epoch, pool_of, training_pool
 from reference.rewards.scorer import Scorer
 from reference.run.inputs import prepare
-from reference.run.state import newest
+from reference.run.state import essentials, newest
 from reference.step.batch import Weighed, advantages, step_rows
 from reference.step.chance import generator
 from reference.step.gradients import Asked, Part, Rows, all_rows
@@ -45,6 +47,28 @@ class Bank(NamedTuple):
     training: int
     rows: int
     gains: Tensor
+
+
+def key_of(config: Config, run: Path | None, **asked: Any) -> dict[str, Any]:
+    """What gradients at a policy depend on, as JSON has it: results with other keys do not belong together.
+
+    Args:
+        asked: further numbers that they depend on.
+
+    Raises:
+        ConfigError: the run has no checkpoint, or prompts cannot be used.
+    """
+    prompts = [*all_prompts(training_pool(config)), *held_out_prompts(config)]
+    settings = to_toml(essentials(config)) + repr(config.scoring.models)
+    key = {"settings": _hash(settings.encode()), "texts": _hash(repr(list(map(tuple, prompts))).encode()), **asked}
+    if run is None:
+        return key | {"step": None, "checkpoint": None}
+    step = newest(run)["step"]
+    return key | {"step": step, "checkpoint": _hash((run / "checkpoints" / f"step-{step:08d}.ckpt").read_bytes())}
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def collect(config: Config, run: Path | None, units: int, held_out: int, sketch: int) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def _solving(num_rewards: int, solve: Callable[[Evidence], Tensor]) -> Rule:
 
     def update(state: Tensor, evidence: Evidence) -> tuple[Tensor, Tensor]:
         state = state if evidence.gram is None else solve(evidence)
-        return state, state
+        return state, state.clone()
 
     return Rule(lambda: torch.full((num_rewards,), 1 / num_rewards, dtype=torch.float64), update)
 

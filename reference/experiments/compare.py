@@ -21,6 +21,7 @@ from reference.errors import ConfigError, Interrupted, TrainingError
 from reference.experiments.comparison import Comparison, finished, judged_by, write_tables
 from reference.run.inputs import prepare
 from reference.run.state import begun, essentials
+from reference.text_files import make_folder
 
 
 def settings_of_rules(settings: Config, rules: Sequence[str]) -> dict[str, Config]:
@@ -63,18 +64,27 @@ def plan_runs(rules: Mapping[str, Config], seeds: int, folder: Path) -> dict[str
         if judged_by(plans[label][0]) != judged_by(next(iter(plans.values()))[0]):
             raise ConfigError(f"rules: {label} has other rewards or another evaluation than {next(iter(plans))}.")
     for config in (config for configs in plans.values() for config in configs):
-        _check_finished(config)
+        check_begun(config)
     return plans
 
 
-def _check_finished(config: Config) -> None:
-    """Refuse a finished run that was made by another configuration, as the trainer refuses to resume one."""
+def check_begun(config: Config) -> None:
+    """Refuse a run, finished or stopped, that was made by another configuration.
+
+    Raises:
+        ConfigError: it was, or it has gone further without an evaluation.
+    """
     file = config.run / "config.toml"
-    if not (finished(config) and file.exists()):
+    if not (finished(config) or begun(config.run)) or not file.exists():
         return
-    found = from_toml(file, Config())
+    try:
+        found = from_toml(file, Config())
+    except ConfigError as error:
+        raise ConfigError(f"--folder: {config.run} is of another version ({error}) Choose another.") from error
     if essentials(found) != essentials(config) or judged_by(found) != judged_by(config):
-        raise ConfigError(f"folder: {config.run} was made by another configuration (see its config.toml).")
+        raise ConfigError(
+            f"--folder: {config.run} was made by another configuration (see its config.toml). Choose another."
+        )
 
 
 def compare(plans: Mapping[str, Sequence[Config]], folder: Path, *, jobs: int, tables_only: bool) -> Comparison:
@@ -85,6 +95,7 @@ def compare(plans: Mapping[str, Sequence[Config]], folder: Path, *, jobs: int, t
         ConfigError: there is no seed that all rules have.
     """
     if not tables_only:
+        make_folder(folder)
         in_turn = [config for configs in zip(*plans.values(), strict=True) for config in configs]
         train_all([config for config in in_turn if not finished(config)], jobs)
     return write_tables(plans, folder)
@@ -127,7 +138,6 @@ def screened(
         label: [dataclasses.replace(config, epochs=screening.epochs) for config in configs[: screening.seeds]]
         for label, configs in plans.items()
     }
-    (folder / "screening").mkdir(parents=True, exist_ok=True)
     smallest = compare(short, folder / "screening", jobs=jobs, tables_only=tables_only).numbers["smallest"]
     others = sorted((label for label in plans if label != first), key=lambda label: -smallest[label].mean)
     kept = {first, *others[: screening.finalists - 1]}

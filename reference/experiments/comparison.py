@@ -18,6 +18,7 @@ from reference.errors import ConfigError
 from reference.experiments.statistics import Array, Estimate, crossed_interval, runs_that_lower, student, worst
 from reference.run.reading import PALETTE, number, records
 from reference.step.method import method_of
+from reference.text_files import make_folder
 
 _PENS = (*PALETTE, "#000000")
 
@@ -43,8 +44,22 @@ class Run(NamedTuple):
 
 
 def finished(config: Config) -> bool:
-    """Whether a run has its last evaluation."""
-    return any(r["epoch"] == config.epochs for r in records(config.run, "eval"))
+    """Whether a run has been evaluated after ``config.epochs``, where it ends or on the way to more.
+
+    Raises:
+        ConfigError: it went on from there without an evaluation.
+    """
+    evaluated = [r["epoch"] for r in records(config.run, "eval")]
+    if config.epochs in evaluated:
+        return True
+    saved = [int(path.stem.removeprefix("step-")) for path in (config.run / "checkpoints").glob("step-*.ckpt")]
+    steps = config.epochs * config.optim.steps_per_epoch
+    if max(evaluated, default=0) > config.epochs or max(saved, default=0) > steps:
+        raise ConfigError(
+            f"--epochs: {config.run} has gone further than {config.epochs} epochs, and was evaluated after "
+            f"{', '.join(map(str, evaluated)) or 'none'}. Give one of these, more epochs, or another --folder."
+        )
+    return False
 
 
 def judged_by(config: Config) -> tuple[object, ...]:
@@ -55,9 +70,15 @@ def judged_by(config: Config) -> tuple[object, ...]:
 
 
 def read_run(config: Config) -> Run:
-    """A finished run, without what it did in later epochs than those of ``config``."""
+    """A finished run, without what it did in later epochs than those of ``config``.
+
+    Raises:
+        ConfigError: its first records are lost.
+    """
     found = records(config.run)
     evals = [r for r in found if r["kind"] == "eval" and r["epoch"] <= config.epochs]
+    if not evals or evals[0]["epoch"] != 0:
+        raise ConfigError(f"{config.run}: its records do not begin with an evaluation of the base model.")
     kinds = {
         kind: [r for r in found if r["kind"] == kind and r["epoch"] < config.epochs]
         for kind in ("epoch", "refresh", "step")
@@ -104,6 +125,7 @@ def write_tables(plans: Mapping[str, Sequence[Config]], folder: Path) -> Compari
     common = [s for s in range(S) if all(finished(configs[s]) for configs in plans.values())]
     if not common:
         raise ConfigError(f"folder: there is no seed that every rule has finished in {folder}.")
+    make_folder(folder)
     left = sorted(set(range(S)) - set(common))
     runs = {label: [read_run(configs[s]) for s in common] for label, configs in plans.items()}
     config = next(iter(plans.values()))[0]

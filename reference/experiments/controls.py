@@ -6,10 +6,15 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from reference.config.checks import validate
 from reference.config.settings import Config
+from reference.experiments.compare import check_begun
+from reference.experiments.comparison import finished
+from reference.run.inputs import prepare
 from reference.run.intervals import Interval, change
 from reference.run.reading import number, records
 from reference.run.state import begun
+from reference.text_files import make_folder
 from reference.train import train
 
 
@@ -18,25 +23,31 @@ def controls(settings: Config, rewards: Sequence[str], folder: Path) -> str:
 
     Returns:
         A table in Markdown: reward, mean before and after, gain with its 95 % interval over prompts.
+
+    Raises:
+        ConfigError: settings that make no sense, or a run in the folder that was made with others; nothing is trained.
     """
+    plans = {
+        name: dataclasses.replace(settings, run=folder / name, rewards=(name,), balance="uniform") for name in rewards
+    }
+    for config in plans.values():
+        validate(config)
+        prepare(config)
+        check_begun(config)
+    make_folder(folder)
     lines = ["| reward alone | before | after | gain | 95 % interval | prompts |", "|---|---|---|---|---|---|"]
-    for name in rewards:
-        run_once(dataclasses.replace(settings, run=folder / name, rewards=(name,), balance="uniform"))
-        first, last, gain = held_out_gain(folder / name, name)
+    for name, config in plans.items():
+        if not finished(config):
+            train(config, resume=begun(config.run))
+        first, last, gain = held_out_gain(config, name)
         lines.append(
             f"| {name} | {first:.3f} | {last:.3f} | {gain.mean:+.3f} | [{gain.low:+.3f}, {gain.high:+.3f}] | {gain.n} |"
         )
     return "\n".join(lines)
 
 
-def run_once(config: Config) -> None:
-    """Train unless this run is finished; continue one that was stopped."""
-    if not (config.run / "report.html").exists():
-        train(config, resume=begun(config.run))
-
-
-def held_out_gain(run: Path, reward: str) -> tuple[float, float, Interval]:
+def held_out_gain(config: Config, reward: str) -> tuple[float, float, Interval]:
     """First and last held-out mean of a reward, and its paired change over prompts."""
-    evals = records(run, "eval")
+    evals = [r for r in records(config.run, "eval") if r["epoch"] in (0, config.epochs)]
     first, last = ([number(x) for x in e["per_prompt"][reward]] for e in (evals[0], evals[-1]))
     return evals[0]["rewards"][reward]["mean"], evals[-1]["rewards"][reward]["mean"], change(first, last)

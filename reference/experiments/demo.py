@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -11,11 +12,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from reference.config.settings import Config
+from reference.config.toml import from_toml
+from reference.errors import ConfigError
 from reference.experiments.compare import train_all
 from reference.experiments.statistics import Array, crossed_interval, worst
 from reference.run.intervals import Interval, interval, verdict
+from reference.run.lock import check_unlocked
 from reference.run.reading import number, records
 from reference.run.report import write_comparison
+from reference.run.state import essentials
+from reference.text_files import make_folder
 
 RULES = {
     "weighted-sum": "the rewards are added up",
@@ -29,10 +35,15 @@ def demo(settings: Config) -> str:
     of the report.
 
     Raises:
+        ConfigError: a folder is in use, or holds something else than a run of an earlier demo; nothing was removed.
         TrainingError: a run failed.
     """
     images, cores = settings.rollout.prompts_per_epoch * settings.rollout.images_per_prompt, os.cpu_count() or 1
     jobs = min(len(RULES), cores)
+    runs = _planned(settings, jobs)
+    make_folder(settings.run)
+    for config in runs.values():
+        _check_replaceable(config)
     print(
         f"{len(RULES)} runs of {settings.epochs} epochs of {images} images each, from the same base model and seed:\n",
         *(f"  {rule:14}{what}\n" for rule, what in RULES.items()),
@@ -41,14 +52,7 @@ def demo(settings: Config) -> str:
         sep="",
         flush=True,
     )
-    began, log = time.monotonic(), dataclasses.replace(settings.log, trackers=())
-    alone = len(RULES) - 1 if len(RULES) % jobs == 1 else len(RULES)  # the last one, which then has all cores
-    runs = {
-        rule: dataclasses.replace(
-            settings, run=settings.run / rule, balance=rule, threads=1 if i < alone else jobs, log=log
-        )
-        for i, rule in enumerate(RULES)
-    }
+    began = time.monotonic()
     for config in runs.values():
         shutil.rmtree(config.run, ignore_errors=True)
         config.run.with_suffix(".log").unlink(missing_ok=True)
@@ -57,6 +61,38 @@ def demo(settings: Config) -> str:
     found = {rule: _gains(config) for rule, config in runs.items()}
     minutes = (time.monotonic() - began) / 60
     return f"\nAfter {minutes:.1f} minutes, {findings(found, settings.rewards)}\n\nreport: {report.resolve()}"
+
+
+def _planned(settings: Config, jobs: int) -> dict[str, Config]:
+    """The configuration of each rule's run."""
+    log = dataclasses.replace(settings.log, trackers=())
+    alone = len(RULES) - 1 if len(RULES) % jobs == 1 else len(RULES)  # the last one, which then has all cores
+    return {
+        rule: dataclasses.replace(
+            settings, run=settings.run / rule, balance=rule, threads=1 if i < alone else jobs, log=log
+        )
+        for i, rule in enumerate(RULES)
+    }
+
+
+def _check_replaceable(config: Config) -> None:
+    """Raise unless there is nothing, or the run of an earlier demo with any seed, which nobody is writing to.
+
+    The file beside the folder is what tells it from a run that was trained by hand with the preset of the demo.
+    """
+    run, file = config.run, config.run / "config.toml"
+    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+        return
+    check_unlocked(run)
+    with contextlib.suppress(ConfigError):  # a file of another version
+        before = from_toml(file, Config())
+        same = essentials(dataclasses.replace(before, seed=config.seed)) == essentials(config)
+        if same and run.with_suffix(".toml").is_file():
+            return
+    raise ConfigError(
+        f"--folder: {run} is no run of an earlier demo with these settings, and would be lost; nothing was changed. "
+        "Choose another --folder, or move it away."
+    )
 
 
 def _gains(config: Config) -> Array:

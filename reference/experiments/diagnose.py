@@ -15,14 +15,14 @@ from matplotlib.figure import Figure
 
 from marble_core import min_norm_weights, psd_part
 from marble_core.rules import Evidence
-from reference.config.checks import validate
+from reference.config.checks import at_least, validate
 from reference.config.settings import Config
-from reference.errors import ConfigError
 from reference.experiments import tilt
-from reference.experiments.bank import Array, Bank, Indices, collect
+from reference.experiments.bank import Array, Bank, Indices, collect, key_of
 from reference.experiments.candidates import coefficients_of
 from reference.run.reading import PALETTE
 from reference.tensor_files import load_tensors
+from reference.text_files import make_folder
 
 _BLOCKS = 10  # of the jackknife
 _PARTITIONS = 8  # of the training units into batches
@@ -90,18 +90,12 @@ def diagnose(config: Config, *, run: Path | None, units: int, held_out: int, ske
         The text of ``diagnose.md``.
     """
     validate(config)
-    least = 4 if units < 4 else 2 * _BLOCKS if held_out < 2 * _BLOCKS else 0
-    if least:
-        name, got = ("units", units) if units < 4 else ("held_out", held_out)
-        raise ConfigError(f"{name}: expected at least {least} groups of images, got {got}.")
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    folder.mkdir(parents=True, exist_ok=True)
-    newest = max((run / "checkpoints").glob("step-*.ckpt"), default=None) if run is not None else None
-    essentials = (config.model, config.rollout, config.loss, config.rewards, config.reward_weights, config.seed)
-    key = repr(
-        (*essentials, config.log.eval_prompts, run and (run.name, newest and newest.name), units, held_out, sketch)
-    )
+    at_least(4, units=units)
+    at_least(2 * _BLOCKS, held_out=held_out)
+    at_least(0, sketch=sketch)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    key = json.dumps(key_of(config, run, units=units, held_out=held_out, sketch=sketch))
+    make_folder(folder)
     saved = _saved(folder / "bank.pt")
     if saved.get("key") != key:
         saved = collect(config, run, units, held_out, sketch) | {"key": key}
@@ -346,16 +340,8 @@ def _tables(
     lines = [
         f"Gradients of {bank.training} groups of training prompts and {U - bank.training} of held-out prompts at "
         f"{where}, {bank.rows} rows a group.\n",
-        "| reward | signal share of one group | rows for a share of 1/2 |\n|---|---|---|",
+        *_signal_lines(names, signal),
     ]
-    for k, name in enumerate(names):
-        sure = signal.share[k] > 2 * signal.share_error[k]
-        half = f"{signal.half_rows[k]:,.0f}" if sure else "not told from never"
-        lines.append(f"| {name} | {signal.share[k]:.4f} ± {signal.share_error[k]:.4f} | {half} |")
-    lines.append(f"\nCosines of the signals:\n\n| | {head} |\n|---|{'---|' * len(names)}")
-    for k, name in enumerate(names):
-        cells = [f"{c:+.2f} ± {e:.2f}" for c, e in zip(signal.cosines[k], signal.cosines_error[k], strict=True)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append(
         "\nHeld-out gain of every reward for a step of unit length, over the best that any direction could do for the "
         "worst\nreward (1 is that best), ± one standard error; minimum cosines, where pure noise gives "
@@ -378,6 +364,20 @@ def _tables(
             cells = [" / ".join(map(_cosine, three)) for three in zip(p.same, p.next, p.held_out, strict=True)]
             lines.append(f"| {label} | {p.rows:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _signal_lines(names: Sequence[str], signal: SignalTable) -> list[str]:
+    """The tables of signal shares and of the signals' cosines."""
+    lines = ["| reward | signal share of one group | rows for a share of 1/2 |\n|---|---|---|"]
+    for k, name in enumerate(names):
+        sure = signal.share[k] > 2 * signal.share_error[k]
+        half = f"{signal.half_rows[k]:,.0f}" if sure else "not told from never"
+        lines.append(f"| {name} | {signal.share[k]:.4f} ± {signal.share_error[k]:.4f} | {half} |")
+    lines.append(f"\nCosines of the signals:\n\n| | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
+    for k, name in enumerate(names):
+        cells = [f"{c:+.2f} ± {e:.2f}" for c, e in zip(signal.cosines[k], signal.cosines_error[k], strict=True)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def _cosine(value: float) -> str:

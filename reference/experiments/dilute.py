@@ -34,24 +34,29 @@ def dilute(
         held-out prompts, whatever the share in training.
 
     Raises:
-        ConfigError: shares below 2, or settings that make no sense.
+        ConfigError: shares below 2, rewards without text, or settings that make no sense.
         TrainingError: a run failed; the command can be given again.
     """
     if not shares or min(shares) < 2:
         raise ConfigError(f"shares: expected numbers from 2 on, one prompt in so many has a text, got {list(shares)}.")
-    found = {n: _with_share(settings, rules, n, seeds, folder / f"1-in-{n}", jobs) for n in dict.fromkeys(shares)}
-    text = f"{seeds} seeds, {settings.epochs} epochs.\n\n{_table(found, settings.rewards)}"
+    plans = {n: _planned(settings, rules, n, seeds, folder / f"1-in-{n}") for n in dict.fromkeys(shares)}
+    rewards = next(configs for planned in plans.values() for configs in planned.values())[0].rewards
+    if "text" not in rewards:
+        raise ConfigError(f"rewards: expected text, the one that is diluted, among them, got {list(rewards)}.")
+    found = {
+        n: compare(planned, folder / f"1-in-{n}", jobs=jobs, tables_only=False).numbers for n, planned in plans.items()
+    }
+    text = f"{seeds} seeds, {settings.epochs} epochs.\n\n{_table(found, rewards)}"
     (folder / "dilute.md").write_text(text + "\n", encoding="utf-8")
     with matplotlib.rc_context({"svg.hashsalt": "marble"}):  # the same file from the same runs
         _figure(found).savefig(folder / "dilute.svg", metadata={"Date": None})
     return text
 
 
-def _with_share(settings: Config, rules: Sequence[str], n: int, seeds: int, folder: Path, jobs: int) -> dict[str, Any]:
-    """The numbers of a comparison in which one prompt in ``n`` has a text."""
+def _planned(settings: Config, rules: Sequence[str], n: int, seeds: int, folder: Path) -> dict[str, list[Config]]:
+    """The runs of a comparison in which one prompt in ``n`` has a text."""
     rollout = dataclasses.replace(settings.rollout, prompts=("world:text", "world:objects"), weights=(1.0, n - 1.0))
-    plans = plan_runs(settings_of_rules(dataclasses.replace(settings, rollout=rollout), rules), seeds, folder)
-    return compare(plans, folder, jobs=jobs, tables_only=False).numbers
+    return plan_runs(settings_of_rules(dataclasses.replace(settings, rollout=rollout), rules), seeds, folder)
 
 
 def _table(found: Mapping[int, Mapping[str, Any]], rewards: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from reference.config.checks import at_least
 from reference.config.flags import Evaluate
 from reference.config.settings import REWARDS, WORLD_REWARDS, WORLD_SOURCES, Config, is_world
 from reference.errors import ConfigError, did_you_mean
@@ -25,9 +26,10 @@ from reference.processes.devices import tf32
 from reference.prompts.pool import all_prompts, held_out_prompts, repeated_prompts, training_pool
 from reference.rewards.scorer import Scorer, score_images, scorer_of
 from reference.run.state import load_run
-from reference.step.chance import generator
+from reference.step.chance import generator, seed_everything
 from reference.step.evaluation import Judging, prompt_means
 from reference.step.rollout import Sampling, generate_batches
+from reference.text_files import make_folder, whole
 
 STRICT = "geneval_strict"  # GenEval's own 0 or 1: where the graded reward is 1
 
@@ -38,16 +40,15 @@ def evaluate_run(asked: Evaluate) -> str:
     Raises:
         ConfigError: the run, its prompts, its rewards or the folder cannot be used; nothing has been sampled.
     """
-    for name, value in (("--images", asked.images), ("--steps", asked.steps)):
-        if value < 1:
-            raise ConfigError(f"{name}: expected at least 1, got {value}.")
+    at_least(1, images=asked.images, steps=asked.steps)
     config, state = load_run(asked.run, asked.device, asked.models)
-    names, chosen = reward_names(config, asked.rewards), prompts_of(config, asked.prompts)
+    names = reward_names(config, asked.rewards)
+    chosen = prompts_of(config, asked.prompts, names)
     _warn_of_trained(config, chosen)
     scorer = scorer_of(config, names)
     scorer = scorer._replace(batch=scorer.batch or config.rollout.batch)  # else all images would wait for the last
     folder = asked.folder or asked.run / "evaluation"
-    clear(folder)
+    make_folder(folder)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     model, policy = load_model(config, [prompt.text for prompt in chosen])
     how = Sampling(config.rollout.sampler, asked.steps, config.rollout.batch)
@@ -84,8 +85,8 @@ def reward_names(config: Config, given: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(given or config.rewards + config.log.watch))
 
 
-def prompts_of(config: Config, sources: Sequence[str]) -> list[Prompt]:
-    """All prompts of the sources, or the run's own held-out prompts.
+def prompts_of(config: Config, sources: Sequence[str], names: Sequence[str] = ()) -> list[Prompt]:
+    """All prompts of the sources, which may apply to rewards of these names, or the run's own held-out prompts.
 
     Raises:
         ConfigError: a source cannot be used; every line at fault is named.
@@ -95,7 +96,7 @@ def prompts_of(config: Config, sources: Sequence[str]) -> list[Prompt]:
     endless = set(sources) & set(WORLD_SOURCES)  # the world never runs out of prompts
     count = config.log.eval_prompts if endless else sys.maxsize
     rollout = dataclasses.replace(config.rollout, held_out=tuple(sources))
-    log = dataclasses.replace(config.log, eval_prompts=count)
+    log = dataclasses.replace(config.log, eval_prompts=count, watch=(*config.log.watch, *names))
     return held_out_prompts(dataclasses.replace(config, rollout=rollout, log=log))
 
 
@@ -116,6 +117,7 @@ def judge(
                 yield made
                 bar.update(len(made))
 
+    seed_everything(judging.seed, "evaluation", judging.how.peers)
     scores = with_strict(tuple(scorer.rewards), score_images(scorer, drawn(), repeated))
     counts = scores.applicable.reshape(len(prompts), images, -1).sum(1)
     return Judged(prompt_means(scores, images).double().numpy(), counts.double().numpy())
@@ -131,29 +133,20 @@ def with_strict(names: Sequence[str], scores: Scores) -> Scores:
     return Scores(torch.column_stack([scores.values, strict]), torch.column_stack([scores.applicable, applicable]))
 
 
-def clear(folder: Path) -> None:
-    """Make the folder, without the files of an earlier evaluation: before the sampling, as that may take hours.
-
-    Raises:
-        ConfigError: it cannot be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in (folder / name for name in ("prompts.csv", "prompts-base.csv", "summary.json", "summary.md")):
-            path.touch()
-            path.unlink()
-    except OSError as error:
-        raise ConfigError(f"--folder: cannot write to {folder}: {error}. Choose another.") from error
-
-
 def write(folder: Path, found: Evaluation) -> str:
-    """Write all files, and return the text of ``summary.md``."""
+    """Write all files, in place of those of an earlier evaluation, and return the text of ``summary.md``."""
     table = paper_table()
     result = analyse(found, table)
-    write_csv(folder / "prompts.csv", found.rewards, found.prompts, found.run)
-    if found.base is not None:
-        write_csv(folder / "prompts-base.csv", found.rewards, found.prompts, found.base)
-    (folder / "summary.json").write_text(as_json(found, result, table), encoding="utf-8")
     text = as_markdown(found, result, table)
-    (folder / "summary.md").write_text(text, encoding="utf-8")
+    with contextlib.ExitStack() as files:  # none is replaced before all are written
+        summary, prompts, data = (
+            files.enter_context(whole(folder / name)) for name in ("summary.md", "prompts.csv", "summary.json")
+        )
+        write_csv(prompts, found.rewards, found.prompts, found.run)
+        data.write_text(as_json(found, result, table), encoding="utf-8")
+        summary.write_text(text, encoding="utf-8")
+        if found.base is not None:
+            write_csv(files.enter_context(whole(folder / "prompts-base.csv")), found.rewards, found.prompts, found.base)
+    if found.base is None:
+        (folder / "prompts-base.csv").unlink(missing_ok=True)
     return text

@@ -26,9 +26,10 @@ from marble_core import (
     harmonize,
 )
 from marble_core.rules import Evidence
+from reference.config.checks import at_least
 from reference.config.settings import Config
 from reference.errors import ConfigError
-from reference.experiments.bank import rows_and_sum, weighed_epoch
+from reference.experiments.bank import key_of, rows_and_sum, weighed_epoch
 from reference.experiments.candidates import coefficients_of
 from reference.policy.adapters import Policy, adapter_state, load_adapter
 from reference.policy.base import Base
@@ -43,6 +44,7 @@ from reference.step.estimate import Tree
 from reference.step.evaluation import Judging, evaluate, prompt_means, within_std
 from reference.step.halves import halves, joined
 from reference.step.rollout import sampling_of
+from reference.text_files import make_folder, parse_json, write_whole
 
 _OTHER_SEED = 2000  # so that no batch is one that the run was trained on
 _FRESH = 100_000  # the number of the batch that all directions are compared with
@@ -191,14 +193,22 @@ def settle(config: Config, run: Path | None, setting: Setting, batches: int, fol
         One record a batch, as written to ``folder``.
 
     Raises:
-        ConfigError: too few prompts or batches.
+        ConfigError: a number that cannot be, a folder that cannot be used, or batches in it that were tried with other
+            settings or at another policy.
     """
-    if setting.prompts < 2 or batches < 1 or not setting.sizes:
-        raise ConfigError("settle: expected at least 2 prompts a batch, 1 batch and 1 size.")
+    at_least(1, batches=batches, images=setting.images)
+    at_least(2, prompts=setting.prompts)
+    if not setting.sizes or not all(0 <= size < math.inf for size in setting.sizes):
+        raise ConfigError(f"--sizes: expected finite numbers from 0 on, got {list(setting.sizes)}.")
     if config.threads:
         torch.set_num_threads(config.threads)
-    folder.mkdir(parents=True, exist_ok=True)
-    waiting = [n for n in range(batches) if not (folder / f"batch-{n:04d}.json").exists()]
+    key = key_of(
+        config, run, eval_prompts=config.log.eval_prompts, **setting._asdict() | {"sizes": list(setting.sizes)}
+    )
+    make_folder(folder)
+    paths = [folder / f"batch-{n:04d}.json" for n in range(batches)]
+    found = {n: _read(path, key, config) for n, path in enumerate(paths) if path.exists()}
+    waiting = [n for n in range(batches) if n not in found]
     if waiting:
         bench = open_bench(config, run)
         before, spread = judged(bench, adapter_state(bench.policy, "default"), setting.images)
@@ -206,7 +216,33 @@ def settle(config: Config, run: Path | None, setting: Setting, batches: int, fol
         fresh = gradients(bench, _FRESH, setting.prompts)
         other = {k: (fresh.a[k] + fresh.b[k]) / 2 for k in fresh.a}
         for n in waiting:
-            record = try_batch(bench, n, setting, before, other) | {"within_std": units}
-            (folder / f"batch-{n:04d}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+            record = try_batch(bench, n, setting, before, other) | {"within_std": units, "key": key}
+            write_whole(paths[n], f"{json.dumps(record)}\n".encode())
+            found[n] = _read(paths[n], key, config)
             print(f"batch {n}: done", flush=True)
-    return [json.loads((folder / f"batch-{n:04d}.json").read_text(encoding="utf-8")) for n in range(batches)]
+    return [found[n] for n in range(batches)]
+
+
+def _read(path: Path, key: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """A batch that was tried before; one from before there were keys is held to the sizes and rewards in it.
+
+    Raises:
+        ConfigError: it was tried with other settings or at another policy, or is damaged.
+    """
+    try:
+        record: dict[str, Any] = parse_json(path.read_bytes())
+        sizes = list(dict.fromkeys(name.rpartition(" @ ")[2] for name in record["changes"]))
+        found, wanted = {"sizes": sizes, "rewards": list(record["within_std"])}, dict(key)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--folder: cannot read {path}: {error}. Remove it to try the batch again.") from error
+    if "key" in record:
+        found = record["key"]
+    else:
+        wanted = {"sizes": list(dict.fromkeys(f"{x:g}" for x in key["sizes"])), "rewards": list(config.rewards)}
+    other = [name for name, value in wanted.items() if found.get(name) != value]
+    if other:
+        raise ConfigError(
+            f"--folder: {path} was tried with other settings or at another policy (other {', '.join(other)}). Choose "
+            "another --folder."
+        )
+    return record

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -82,15 +83,7 @@ def load_sd3(model: ModelConfig, prompts: Sequence[str], device: torch.device) -
         "transformer",
         lambda: SD3Transformer2DModel.from_pretrained(**place, subfolder="transformer", torch_dtype=dtype),
     )
-    scheduler = _loaded(
-        model, "scheduler", lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(**place, subfolder="scheduler")
-    )
-    if scheduler.config.get("use_dynamic_shifting"):
-        raise ConfigError(
-            "model.base: expected a scheduler whose times do not depend on the resolution, as in Stable Diffusion 3, "
-            f"got use_dynamic_shifting in {model.base}. Set it to false in scheduler/scheduler_config.json, with "
-            "the shift that the model was made with."
-        )
+    scheduler = _scheduler(model, source)
     vae = _loaded(
         model, "vae", lambda: AutoencoderKL.from_pretrained(**place, subfolder="vae", torch_dtype=torch.float32)
     )
@@ -104,20 +97,42 @@ def load_sd3(model: ModelConfig, prompts: Sequence[str], device: torch.device) -
     return Base(transformer.eval(), scheduler, encode, lambda latents: decode(vae, latents), shape, device)
 
 
-def empty_transformer(model: ModelConfig) -> SD3Transformer2DModel:
-    """The transformer of a pipeline without its weights, to count its layers.
+def empty_transformer(model: ModelConfig) -> tuple[SD3Transformer2DModel, tuple[int, int, int]]:
+    """The transformer of a pipeline without its weights, to count its layers, and the shape of a latent.
 
     Raises:
-        ConfigError: the pipeline is not there, and what to do.
+        ConfigError: as of ``load_sd3``, but for what is wrong with the weights.
     """
     source = locate(model)
+    _scheduler(model, source)
 
-    def load() -> SD3Transformer2DModel:
-        config = SD3Transformer2DModel.load_config(source.name, revision=source.commit, subfolder="transformer")
+    def load(kind: Any, part: str) -> Any:
+        config = kind.load_config(source.name, revision=source.commit, subfolder=part)
         with torch.device("meta"):
-            return SD3Transformer2DModel.from_config(config)
+            return kind.from_config(config)
 
-    return _loaded(model, "the configuration of the transformer", load)
+    transformer, vae = (
+        _loaded(model, f"the configuration of the {part}", functools.partial(load, kind, part))
+        for kind, part in ((SD3Transformer2DModel, "transformer"), (AutoencoderKL, "vae"))
+    )
+    return transformer, latent_shape(model.resolution, transformer, vae)
+
+
+def _scheduler(model: ModelConfig, source: Source) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler of a pipeline.
+
+    Raises:
+        ConfigError: its times depend on the resolution.
+    """
+    load = FlowMatchEulerDiscreteScheduler.from_pretrained
+    found = _loaded(model, "scheduler", lambda: load(source.name, revision=source.commit, subfolder="scheduler"))
+    if found.config.get("use_dynamic_shifting"):
+        raise ConfigError(
+            "model.base: expected a scheduler whose times do not depend on the resolution, as in Stable Diffusion 3, "
+            f"got use_dynamic_shifting in {model.base}. Set it to false in scheduler/scheduler_config.json, with "
+            "the shift that the model was made with."
+        )
+    return found
 
 
 @torch.no_grad()
@@ -159,8 +174,14 @@ def locate(model: ModelConfig) -> Source:
                 "Save one there with save_pretrained, or give the id of one on the Hugging Face hub."
             )
         return Source(str(folder), None, _folder_fingerprint(folder), _has_t5(folder / "model_index.json"))
+    index = _index_on_hub(model)
+    return Source(model.base, index.parent.name, f"{model.base} {index.parent.name}", _has_t5(index))
+
+
+def _index_on_hub(model: ModelConfig) -> Path:
+    """The index of a pipeline on the hub, downloaded; the folder that it is in is named after the commit."""
     try:
-        index = hf_hub_download(model.base, "model_index.json", revision=model.revision)
+        return Path(hf_hub_download(model.base, "model_index.json", revision=model.revision))
     except GatedRepoError as error:
         raise ConfigError(
             f"model.base: {model.base} asks for its licence to be accepted. Accept it on https://huggingface.co/"
@@ -184,8 +205,6 @@ def locate(model: ModelConfig) -> Source:
         raise ConfigError(f"model.base: there is no folder {model.base}, and it is no id on the hub.") from error
     except OSError as error:
         raise ConfigError(f"model.base: cannot download {model.base}: {error}") from error
-    commit = Path(index).parent.name
-    return Source(model.base, commit, f"{model.base} {commit}", _has_t5(Path(index)))
 
 
 def _has_t5(index: Path) -> bool:

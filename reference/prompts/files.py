@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 import re
@@ -57,7 +56,7 @@ def read_source(spec: str | Path) -> list[Prompt]:
     """The prompts of a file, in its order, repeated ones as often as they are there.
 
     ``text``: one prompt a line. ``ocr``: one prompt a line, with the text to be seen between quotes of any kind, the
-    first such pair; apostrophes are none. ``geneval``: one JSON object a line, see ``geneval_prompts.check_row``.
+    first such pair; apostrophes are none. ``geneval``: one JSON object a line, see ``prompts.geneval.check_row``.
     Without a format before the path, a file of GenEval's objects is ``geneval``, one in which most lines have a quoted
     text is ``ocr``, any other is ``text``. Blank lines are skipped, and their number is told.
 
@@ -72,7 +71,7 @@ def read_source(spec: str | Path) -> list[Prompt]:
     if not path.exists() and kind in ("general", "ocr", "geneval"):
         made = f"python -m reference make-prompts {kind}{'' if path.parent == Path('prompts') else f' --out {path}'}"
         raise ConfigError(f"rollout.prompts: there is no file {path}. Make it with: {made}")
-    numbered = [(number, _bare(line)) for number, line in prompt_lines(path)]
+    numbered = prompt_lines(path)
     format = format or _guess(path, [line for _, line in numbered])
     prompts, faults = [], []
     for number, line in numbered:
@@ -87,7 +86,9 @@ def read_source(spec: str | Path) -> list[Prompt]:
     return prompts
 
 
-def read_mixture(specs: Sequence[str | Path]) -> list[list[Prompt]]:
+def read_mixture(
+    specs: Sequence[str | Path], read: Callable[[str | Path], list[Prompt]] = read_source
+) -> list[list[Prompt]]:
     """The prompts of each source.
 
     Raises:
@@ -96,7 +97,7 @@ def read_mixture(specs: Sequence[str | Path]) -> list[list[Prompt]]:
     sources, faults = [], []
     for spec in specs:
         try:
-            sources.append(read_source(spec))
+            sources.append(read(spec))
         except ConfigError as error:
             faults.append(str(error))
     if faults:
@@ -178,16 +179,6 @@ def _guess(path: Path, lines: Sequence[str]) -> str:
     if lines[0].startswith("{"):
         return "geneval"
     return "ocr" if 2 * sum(bool(_QUOTED.search(line)) for line in lines) > len(lines) else "text"
-
-
-def _bare(line: str) -> str:
-    """The prompt of a JSON object that has one and nothing of GenEval's; any other line as it is."""
-    if line.startswith("{"):
-        with contextlib.suppress(ValueError):
-            row = parse_json(line)
-            if isinstance(row.get("prompt"), str) and not {"tag", "include", "exclude"} & row.keys():
-                return " ".join(row["prompt"].split())
-    return line
 
 
 def _text(line: str) -> tuple[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from reference.errors import ConfigError
 from reference.prompts.geneval import make_geneval_prompts
 from reference.splits import is_held_out
+from reference.text_files import write_whole
 
 # fmt: off
 _SUBJECTS = (
@@ -104,6 +105,8 @@ def write_prompts(kind: str, path: Path, seed: int, *, count: int, test_count: i
     Raises:
         ConfigError: a file exists or cannot be written, or there are not as many different prompts.
     """
+    if not path.name:
+        raise ConfigError(f"--out: expected the name of a file, got {path}.")
     if path.stem.endswith(_TEST):
         raise ConfigError(
             f"--out: expected the name of the training prompts, got {path}. The held-out ones are written beside them, "
@@ -116,7 +119,7 @@ def write_prompts(kind: str, path: Path, seed: int, *, count: int, test_count: i
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for each, lines in zip(paths, texts, strict=True):
-            each.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            write_whole(each, "".join(line + "\n" for line in lines).encode())
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error}") from error
+        raise ConfigError(f"--out: cannot write {path}: {error}. Choose another file.") from error
     return paths

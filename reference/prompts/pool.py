@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reference.config.settings import REWARDS, WORLD_SOURCES, Config, is_world
+from reference.config.settings import REWARDS, WORLD_REWARDS, WORLD_SOURCES, Config, is_world
 from reference.errors import ConfigError, did_you_mean
 from reference.interfaces import Prompt, plain_prompts
-from reference.prompts.files import mixture_of_epoch, passes, read_mixture
+from reference.prompts.files import mixture_of_epoch, parse_spec, passes, read_mixture
 from reference.text_files import prompt_lines
 from reference.world.scenes import KINDS, prompt_of, random_scene, tokens
 
@@ -25,6 +25,7 @@ _KINDS = {
     "world:text": tuple(kind for kind in KINDS if "text" in kind),
     "world:objects": tuple(kind for kind in KINDS if "text" not in kind),
 }
+_IN_VAIN = 20_000  # draws without a new prompt, after which there are no more
 _FIRST_EPOCHS = 10  # at most so many tell the spread of rewards at the start, the unit of gains
 
 
@@ -94,24 +95,22 @@ def _plain(prompt: Prompt) -> str:
 
 def _sources(names: Sequence[str], config: Config, count: int, *, held_out: bool) -> list[list[Prompt]]:
     """The prompts of each source."""
-    if not is_world(config.model.base):
-        sources = read_mixture(names)
-        _check_rewards(sources, config)
-        return sources
-    seed = 0 if held_out else config.seed
-    return [
-        plain_prompts(
-            world_prompts(count, seed, held_out=held_out, source=name)
-            if name in WORLD_SOURCES
-            else read_prompts(Path(name))
-        )
-        for name in names
-    ]
+
+    def read(spec: str | Path) -> list[Prompt]:
+        if spec not in WORLD_SOURCES:
+            return read_prompts(spec)
+        seed = 0 if held_out else config.seed
+        return plain_prompts(world_prompts(count, seed, held_out=held_out, source=str(spec)))
+
+    sources = read_mixture(names, read) if is_world(config.model.base) else read_mixture(names)
+    _check_rewards(sources, config)
+    return sources
 
 
 def _check_rewards(sources: Sequence[Sequence[Prompt]], config: Config) -> None:
     """Raise if a source restricts its prompts to a reward that does not exist: it would silently never apply."""
-    known = (*config.rewards, *config.log.watch, *REWARDS)
+    shipped = WORLD_REWARDS if is_world(config.model.base) else REWARDS
+    known = (*config.rewards, *config.log.watch, *shipped)
     for name in dict.fromkeys(name for source in sources for prompt in source for name in prompt.rewards or ()):
         if name not in known:
             listed, hint = ", ".join(dict.fromkeys(known)), did_you_mean(name, known)
@@ -121,30 +120,39 @@ def _check_rewards(sources: Sequence[Sequence[Prompt]], config: Config) -> None:
 def world_prompts(count: int, seed: int, *, held_out: bool, source: str = "world") -> list[str]:
     """Distinct prompts of one of ``WORLD_SOURCES``, its kinds in turn.
 
+    Raises:
+        ConfigError: there are not as many.
+
     Example:
         >>> world_prompts(2, 0, held_out=True) == world_prompts(3, 0, held_out=True)[:2]
         True
     """
     rng = random.Random(f"prompts {seed} {held_out}")
-    found: dict[str, None] = {}
-    for kind in itertools.cycle(_KINDS[source]):  # single objects run out first: the other kinds then fill their places
+    found: dict[str, int] = {}
+    for draw, kind in enumerate(itertools.cycle(_KINDS[source])):  # where single objects run out, other kinds fill in
         if len(found) == count:
             break
-        found[prompt_of(random_scene(rng, kind, held_out=held_out))] = None
+        found.setdefault(prompt_of(random_scene(rng, kind, held_out=held_out)), draw)
+        if draw - next(reversed(found.values())) > _IN_VAIN:
+            name = "log.eval_prompts" if held_out else "rollout.pool"
+            raise ConfigError(f"{name}: expected at most {len(found)}, as many as {source} has to offer, got {count}.")
     return list(found)
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, one a line.
+def read_prompts(spec: str | Path) -> list[Prompt]:
+    """Prompts of a file in the world's language, ``[text:]path[#reward,reward]``.
 
     Raises:
         ConfigError: the file cannot be read, has no prompt, or has lines that cannot be used (all are named).
     """
+    path, format, rewards = parse_spec(spec)
+    if format not in (None, "text"):
+        raise ConfigError(f"rollout.prompts: expected [text:]path[#reward,reward] for the small world, got {spec!r}.")
     prompts, faults = [], []
     for number, line in prompt_lines(path):
         try:
             tokens(line)
-            prompts.append(line)
+            prompts.append(Prompt(line, {}, rewards))
         except ValueError as error:
             faults.append(f"  line {number}: {error}")
     if faults:

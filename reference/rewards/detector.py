@@ -30,7 +30,7 @@ class Detection(NamedTuple):
     """D objects of an image, the surest first.
 
     ``boxes [D, 4]``: left, top, right, bottom in pixels, right and bottom outside the object. ``scores [D]`` in [0, 1].
-    ``labels [D]``: places in ``geneval_prompts.CLASSES``. ``masks [D, H, W]``, bool.
+    ``labels [D]``: places in ``prompts.geneval.CLASSES``. ``masks [D, H, W]``, bool.
     """
 
     boxes: Tensor

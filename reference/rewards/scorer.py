@@ -17,6 +17,7 @@ from reference.interfaces import Prompt, Reward, Scores, load_callable, score
 from reference.processes.devices import device_of
 from reference.world.rewards import REWARDS as WORLD
 
+_TRIALS = 8  # of a reward before anything is sampled
 _WAITING = 4  # chunks of images that may wait to be scored before sampling does
 
 
@@ -191,7 +192,10 @@ def _executor(scorer: Scorer) -> Iterator[_Submit]:
 
 
 def try_rewards(scorer: Scorer, prompts: Sequence[Prompt], shape: Sequence[int]) -> None:
-    """Let every reward score two images of noise, with prompts that it applies to: faults show before hours of work.
+    """Let every reward score images of noise, with prompts that it applies to: faults show before hours of work.
+
+    Two prompts of each kind are tried, a kind being the rewards of a source and the names of its metadata, and more of
+    them while the reward applies to none.
 
     Args:
         prompts: to choose from.
@@ -200,8 +204,14 @@ def try_rewards(scorer: Scorer, prompts: Sequence[Prompt], shape: Sequence[int])
     Raises:
         RewardError: one of them fails.
     """
-    noise = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    draws = torch.Generator().manual_seed(0)
     for name, reward in scorer.rewards.items():
-        fitting = [prompt for prompt in prompts if prompt.rewards is None or name in prompt.rewards][:2]
-        if fitting:
-            score({name: reward}, noise[: len(fitting)].to(scorer.device), fitting)
+        kinds: dict[tuple[Any, ...], list[Prompt]] = {}
+        for prompt in prompts:
+            if prompt.rewards is None or name in prompt.rewards:
+                kinds.setdefault((prompt.rewards, *sorted(prompt.metadata)), []).append(prompt)
+        for turn in range(_TRIALS):
+            fitting = [prompt for kind in kinds.values() for prompt in kind[2 * turn : 2 * turn + 2]]
+            noise = torch.rand(len(fitting), *shape, generator=draws).to(scorer.device)
+            if not fitting or score({name: reward}, noise, fitting).applicable.any():
+                break

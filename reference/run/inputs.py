@@ -34,14 +34,27 @@ def prepare(config: Config) -> Inputs:
     Raises:
         ConfigError: one of them cannot be used.
     """
-    pool, held_out = training_pool(config), held_out_prompts(config)
-    _check_held_out(held_out, pool)
+    pool, held_out = _prompts(config)
+    check_held_out(held_out, pool)
     trained = scorer_of(config, config.rewards)
     watched = scorer_of(config, tuple(dict.fromkeys(config.rewards + config.log.watch)), trained.rewards)
     return Inputs(trained, watched, pool, held_out, {"training prompts": _digest(all_prompts(pool))})
 
 
-def _check_held_out(held_out: Sequence[Prompt], pool: Pool) -> None:
+def _prompts(config: Config) -> tuple[Pool, list[Prompt]]:
+    """Prompts to train on and held-out ones; what is wrong with either is said at once."""
+    try:
+        pool = training_pool(config)
+    except ConfigError as first:
+        try:
+            held_out_prompts(config)
+        except ConfigError as second:
+            raise ConfigError(f"{first}\n{second}") from None
+        raise
+    return pool, held_out_prompts(config)
+
+
+def check_held_out(held_out: Sequence[Prompt], pool: Pool) -> None:
     """Warn of held-out prompts that are trained on.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -123,7 +124,8 @@ class Live:
         data = self.pending.encode()
         try:
             if self.main:
-                self.file.truncate(self.position)  # a line that was cut off
+                if self.file.seek(0, os.SEEK_END) > self.position:  # a shorter file would be filled up with zeros
+                    self.file.truncate(self.position)  # a line that was cut off
                 if self.file.write(data) != len(data):
                     raise OSError("not all of it was written")
         except OSError as error:
@@ -139,6 +141,11 @@ class Live:
         if self.main:
             self.file.truncate(position)
         self.append(pending)
+
+    def sync(self) -> None:
+        """Bring the lines to the disk, before a checkpoint that says how many there are."""
+        with contextlib.suppress(OSError):
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Close the file, the bar and the trackers."""

@@ -11,7 +11,6 @@ import torch
 
 from marble_core import init_gains
 from reference.config.settings import Config, is_world
-from reference.errors import ConfigError
 from reference.policy.adapters import Policy, adapter_state, parameters
 from reference.policy.base import Base
 from reference.policy.load import load_model
@@ -19,13 +18,12 @@ from reference.processes.alive import first_on_machine, meet
 from reference.processes.peers import Peers, require_enough
 from reference.prompts.pool import all_prompts
 from reference.rewards.scorer import try_rewards
-from reference.run import checkpoint
 from reference.run.inputs import Inputs, prepare
 from reference.run.live import Live, check_trackers
-from reference.run.state import Run, State, open_run, restore_state
+from reference.run.state import Run, State, check_folder, restore_state, usable, write_config
 from reference.run.watch import init_health
 from reference.step.balance import init_balance
-from reference.step.method import method_of
+from reference.step.method import Method, method_of
 
 
 @contextlib.contextmanager
@@ -45,13 +43,20 @@ def opened(config: Config, resume: bool, peers: Peers) -> Iterator[tuple[Run, St
         picture = base.decode(torch.zeros(1, *base.latent_shape, device=base.device))
         try_rewards(inputs.watched, [*all_prompts(inputs.pool), *inputs.held_out], picture.shape[1:])
     if main:
-        open_run(config, resume)
+        check_folder(config, resume)
+    fresh = _fresh(config, method, policy)
+    saved = usable(config, inputs.given, fresh) if resume else None
+    meet(peers)
+    if main:
+        write_config(config)
     meet(peers)
     live = Live(config.run, config.log.trackers, config.epochs, main=main)
     try:
         shown = dataclasses.replace(peers, on_pass=live.tick)
         run = Run(config, method, base, policy, optimizer, inputs, shown, live)
-        yield run, *(_resumed(run) if resume else (_fresh(run), None))
+        state = fresh if saved is None else restore_state(run, saved, fresh)
+        live.start(state.epoch)
+        yield run, state, None if saved is None or state.part == 0 else saved["rng"]
     finally:
         live.close()
 
@@ -71,26 +76,8 @@ def _loaded(config: Config, peers: Peers) -> tuple[Base, Policy, Inputs, torch.o
     return base, policy, inputs, optimizer
 
 
-def _fresh(run: Run) -> State:
+def _fresh(config: Config, method: Method, policy: Policy) -> State:
     """The state before the first epoch."""
-    K, policy = len(run.config.rewards), run.policy
-    balance = init_balance(K, run.method, parameters(policy))
+    K = len(config.rewards)
+    balance = init_balance(K, method, parameters(policy))
     return State(0, 0, 0, -1, 0, adapter_state(policy, "default"), balance, None, init_gains(K), init_health())
-
-
-def _resumed(run: Run) -> tuple[State, dict[str, Any] | None]:
-    """The newest whole checkpoint, and the generators' state where it was saved within an epoch.
-
-    Raises:
-        ConfigError: all checkpoints are damaged; they and the records are left as they are.
-    """
-    folder = run.config.run / "checkpoints"
-    saved = checkpoint.latest(folder)
-    if saved is None:
-        raise ConfigError(
-            f"--resume: no checkpoint in {folder} can be used; nothing was changed. Put a whole one back, or start "
-            "another run with another --run and without --resume."
-        )
-    state = restore_state(run, saved, _fresh(run))
-    run.live.start(state.epoch)
-    return state, saved["rng"] if state.part > 0 else None

@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
-from reference.config.settings import Config, is_world, pulls, training_times
+from reference.config.settings import REWARDS, Config, is_world, pulls, training_times
 from reference.config.toml import to_toml
 from reference.errors import ConfigError
 from reference.policy.adapters import Policy, parameters, target_layers, velocity
 from reference.policy.load import adapted, load_model
 from reference.processes.devices import device_of
 from reference.prompts.pool import all_prompts, held_out_prompts, training_pool
-from reference.run.live import clock
+from reference.rewards.scorer import scorer_of, sources_of
+from reference.run.inputs import check_held_out
+from reference.run.live import check_trackers, clock
 from reference.step.method import method_of
 
 _BYTES = 4  # float32
@@ -44,19 +47,27 @@ class Plan(NamedTuple):
 def plan(config: Config) -> Plan:
     """Resolve a configuration to a plan.
 
-    The small world is loaded and timed for the estimates. Of Stable Diffusion 3 nothing but the configuration of the
-    transformer is read; on a GPU it is timed with random weights, and its memory is measured. What is missing is said.
+    The small world is loaded and timed for the estimates. Of Stable Diffusion 3 nothing but configurations is read; on
+    a GPU the transformer is timed with random weights, and its memory is measured. What a run would be refused for, as
+    far as that shows without weights, is said.
     """
     work = _work(config)
     lines, missing = _counts(config, work), list[str]()
+    looks: dict[str, Callable[[Config, _Work], dict[str, str]]] = {}
     if is_world(config.model.base):
         base, policy = load_model(config, [])
         condition = base.encode(["a red circle"])
         found = _measure(config, policy, torch.randn(1, *base.latent_shape, device=base.device), condition)
         lines |= _memory(config, sum(p.numel() for p in parameters(policy).values())) | _time(config, work, found)
     else:
-        more, missing = _stable_diffusion(config, work)
-        lines |= more
+        looks = {"model": _stable_diffusion, "prompts": _prompts, "rewards": _rewards}
+    for name, look in {**looks, "trackers": _trackers}.items():
+        try:
+            lines |= look(config, work)
+        except ConfigError as error:
+            missing.append(f"{name}: {error}")
+    if missing:
+        lines["missing"] = "; ".join(text.partition(":")[0] for text in missing) + ": see below"
     text = [to_toml(config).rstrip(), "", "# plan", *(f"# {k:12}{v}" for k, v in lines.items())]
     return Plan("\n".join(text), tuple(missing))
 
@@ -119,36 +130,51 @@ def _time(config: Config, work: _Work, found: _Measured) -> dict[str, str]:
     return lines | ({"peak": f"{peak:.1f} GB with a micro-batch, measured now with random weights"} if peak else {})
 
 
-def _stable_diffusion(config: Config, work: _Work) -> tuple[dict[str, str], list[str]]:
-    """Lines about a model and prompts, and what of them is not here yet."""
+def _stable_diffusion(config: Config, work: _Work) -> dict[str, str]:
+    """Lines about a model that is not the small world's."""
     # seconds of imports, which the small world does without
     from reference.policy.sd3 import empty_transformer
 
-    lines: dict[str, str] = {}
-    missing: list[str] = []
-    try:
-        transformer, m = empty_transformer(config.model), config.model
-        size = {"float32": 4, "bf16": 2}[m.precision] * sum(p.numel() for p in transformer.parameters())
-        layers = [transformer.get_submodule(name) for name in target_layers(transformer, m.lora_targets)]
-        lines |= _memory(config, sum(m.lora_rank * sum(layer.weight.shape) for layer in layers))
-        lines["base"] = f"{size / 1e9:.2f} GB of transformer weights in {m.precision}"
-        lines["base"] += ", spread over all processes" if m.shard else ""
-        lines |= _time_of_random_weights(config, work, transformer)
-    except ConfigError as error:
-        missing.append(f"model: {error}")
-    try:
-        pool, held_out = training_pool(config), held_out_prompts(config)
-        lines["prompts"] = f"{len(all_prompts(pool))} for training, {len(held_out)} held out"
-    except ConfigError as error:
-        missing.append(f"prompts: {error}")
-    if missing:
-        lines["missing"] = "; ".join(text.partition(":")[0] for text in missing) + ": see below"
-    return lines, missing
+    (transformer, shape), m = empty_transformer(config.model), config.model
+    size = {"float32": 4, "bf16": 2}[m.precision] * sum(p.numel() for p in transformer.parameters())
+    layers = [transformer.get_submodule(name) for name in target_layers(transformer, m.lora_targets)]
+    lines = _memory(config, sum(m.lora_rank * sum(layer.weight.shape) for layer in layers))
+    lines["base"] = f"{size / 1e9:.2f} GB of transformer weights in {m.precision}"
+    lines["base"] += ", spread over all processes" if m.shard else ""
+    return lines | _time_of_random_weights(config, work, transformer, shape)
 
 
-def _time_of_random_weights(config: Config, work: _Work, transformer: SD3Transformer2DModel) -> dict[str, str]:
+def _prompts(config: Config, work: _Work) -> dict[str, str]:
+    """A line about prompts."""
+    pool, held_out = training_pool(config), held_out_prompts(config)
+    check_held_out(held_out, pool)
+    return {"prompts": f"{len(all_prompts(pool))} for training, {len(held_out)} held out"}
+
+
+def _rewards(config: Config, work: _Work) -> dict[str, str]:
+    """No line, but an error where a function of the user's, a server or the folder of a model is not there."""
+    names = dict.fromkeys(config.rewards + config.log.watch)
+    scorer_of(config, [name for name in names if name not in REWARDS or name == "unifiedreward"])
+    for name, source in sources_of(config).items():
+        parts = source.split(",") if name in names and name != "unifiedreward" else []
+        paths = [part for part in parts if part.startswith(("/", ".", "~")) or part.count("/") > 1]
+        for path in paths:
+            if not Path(path).expanduser().is_dir():
+                raise ConfigError(f"scoring.models: {name}: expected a folder or an id on the hub, got {path}.")
+    return {}
+
+
+def _trackers(config: Config, work: _Work) -> dict[str, str]:
+    """No line, but an error where a tracker cannot be used."""
+    check_trackers(config.log.trackers)
+    return {}
+
+
+def _time_of_random_weights(
+    config: Config, work: _Work, transformer: SD3Transformer2DModel, shape: Sequence[int]
+) -> dict[str, str]:
     """Lines about time and memory of a model that was not downloaded: on a GPU, or where it is small."""
-    device, c, side = device_of(config.device), transformer.config, config.model.resolution // 8
+    device, c = device_of(config.device), transformer.config
     if device.type != "cuda" and sum(p.numel() for p in transformer.parameters()) > _TRIED_ANYWHERE:
         return {"time": "not estimated: there is no GPU here"}
     try:
@@ -163,7 +189,7 @@ def _time_of_random_weights(config: Config, work: _Work, transformer: SD3Transfo
             torch.randn(1, tokens, c["joint_attention_dim"], device=device, dtype=dtype),
             torch.randn(1, c["pooled_projection_dim"], device=device, dtype=dtype),
         )
-        x = torch.randn(1, c["in_channels"], side, side, device=device)
+        x = torch.randn(1, *shape, device=device)
         return _time(config, work, _measure(config, policy, x, condition))
     except torch.OutOfMemoryError:
         return {"time": "not estimated: the model and a micro-batch do not fit here; lower optim.micro_batch"}

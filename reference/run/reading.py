@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from reference.errors import ConfigError
 from reference.text_files import parse_json
 
 # Okabe and Ito's colours, told apart by colour-blind readers and visible on both backgrounds.
@@ -16,7 +17,7 @@ def records(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The records of a run, of one kind or all, in order; a last line that was cut off is left out.
 
     Raises:
-        ValueError: a line other than the last is not JSON.
+        ConfigError: a line other than the last is not JSON.
     """
     file, found = run / "metrics.jsonl", []
     lines = file.read_bytes().splitlines() if file.is_file() else []
@@ -25,7 +26,7 @@ def records(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
             record = parse_json(line) if line.strip() else None
         except ValueError as error:
             if place < len(lines):
-                raise ValueError(f"{file}, line {place}: expected a JSON object, got {line[:60]!r}.") from error
+                raise ConfigError(f"{file}, line {place}: expected a JSON object, got {line[:60]!r}.") from error
             break
         if isinstance(record, dict) and kind in (None, record.get("kind")):
             found.append(record)

@@ -18,6 +18,7 @@ from reference.run.intervals import Interval, change, interval, verdict, wilson
 from reference.run.page import INK, MUTED, PENS, Curve, finite, matrix_table, plot, section, table, write_page
 from reference.run.tiles import tile_cards
 from reference.run.watch import LONGER
+from reference.text_files import make_folder
 
 _EVAL, _TRAINING, _APPLIED = ("eval", "rewards"), ("epoch", "rewards"), ("step", "coefficients")
 _WEIGHTS, _NORMS, _SECONDS = ("refresh", "weights"), ("refresh", "norms"), ("epoch", "seconds")
@@ -72,10 +73,10 @@ def write_report(run: Path) -> Path:
     Raises:
         ValueError: ``metrics.jsonl`` is missing, has no record, or a line other than the last is not JSON.
     """
-    return _about_one(_load(run))
+    return _about_one(_load(run), run / "report.html")
 
 
-def _about_one(loaded: _Run) -> Path:
+def _about_one(loaded: _Run, path: Path) -> Path:
     """The page of one run."""
     title = loaded.folder.resolve().name
     runs = {title: loaded}
@@ -102,7 +103,7 @@ def _about_one(loaded: _Run) -> Path:
         *(_health(loaded), _warnings(loaded)),
         section("Configuration", "config.toml", "", config if loaded.config else ""),
     )
-    return write_page(loaded.folder / "report.html", f"Run {title}", sections)
+    return write_page(path, f"Run {title}", sections)
 
 
 def write_comparison(runs: Mapping[str, Path], path: Path) -> Path:
@@ -118,15 +119,16 @@ def _about_several(loaded: Mapping[str, _Run], path: Path) -> Path:
 
 
 def report_on(folders: Sequence[Path], out: Path | None) -> tuple[Path, list[str]]:
-    """Write the page of one run, or that of several, at ``out`` or beside the first; runs that cannot be used are left
-    out.
+    """Write the page of one run, or that of several, at ``out``, in the run's folder or beside the first; runs that
+    cannot be used are left out.
 
     Returns:
         The page, and a line about each run that is left out.
 
     Raises:
-        ConfigError: none of them can be used.
+        ConfigError: none of them can be used, or there is no place for the page.
     """
+    folders = list({folder.resolve(): folder for folder in folders}.values())
     names = [folder.resolve().name for folder in folders]
     runs, faults = {}, []
     for folder, name in zip(folders, names, strict=True):
@@ -136,13 +138,17 @@ def report_on(folders: Sequence[Path], out: Path | None) -> tuple[Path, list[str
             continue
         try:
             runs[label] = _load(folder)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             faults.append(f"--run: cannot report on {folder}: {error}")
     if not runs:
         raise ConfigError("\n".join(faults))
-    if len(folders) == 1:
-        return _about_one(next(iter(runs.values()))), []
-    return _about_several(runs, out or folders[0].parent / "comparison.html"), faults
+    one = len(folders) == 1
+    page = out or (folders[0] / "report.html" if one else folders[0].parent / "comparison.html")
+    make_folder(page.parent, "--out")
+    try:
+        return _about_one(runs[names[0]], page) if one else _about_several(runs, page), faults
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write {page}: {error}. Give another file.") from error
 
 
 def reward_table(run: Path) -> str:

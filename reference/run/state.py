@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,17 +63,25 @@ class State(NamedTuple):
     verified: bool = False  # since this process began, the gradients of a refresh were compared with autograd's
 
 
-def open_run(config: Config, resume: bool) -> None:
-    """Make the run folder and write ``config.toml``; refuse to write over a run, or to go on as a different one."""
-    run = config.run
-    metrics = run / "metrics.jsonl"
+def check_folder(config: Config, resume: bool) -> None:
+    """Refuse to write over a run, or to go on as a different one. Nothing is written.
+
+    Raises:
+        ConfigError: the folder cannot be used, and what to do.
+    """
+    run, metrics = config.run, config.run / "metrics.jsonl"
     check_unlocked(run)
-    if not resume and (begun(run) or (metrics.exists() and metrics.stat().st_size)):
+    if not resume and begun(run):
         raise ConfigError(f"run: {run} already holds a run. Continue it with --resume, or choose another --run.")
+    if not resume and metrics.exists() and metrics.stat().st_size:
+        raise ConfigError(
+            f"run: {run} already holds the records of a run, {metrics.name}, and no checkpoint to go on from. Choose "
+            "another --run, or move the folder away."
+        )
     if resume and not begun(run):
         raise ConfigError(
             f"--resume: {run} has no checkpoint to go on from; nothing was changed. Check --run, or start another run "
-            "without --resume."
+            "with another --run and without --resume."
         )
     if resume and _other_run(run / "config.toml", config):
         raise ConfigError(
@@ -80,6 +89,15 @@ def open_run(config: Config, resume: bool) -> None:
             "threads, devices, what memory depends on, and the log and scoring tables may change; start another run "
             "for anything else."
         )
+
+
+def write_config(config: Config) -> None:
+    """Make the run folder, with its ``config.toml``: the last thing before a run begins or goes on.
+
+    Raises:
+        ConfigError: there is no place for it.
+    """
+    run = config.run
     try:
         run.mkdir(parents=True, exist_ok=True)
         write_whole(run / "config.toml", to_toml(config).encode())
@@ -92,10 +110,13 @@ def _other_run(started: Path, config: Config) -> bool:
     """Whether a run was started with another configuration.
 
     Raises:
-        ConfigError: by another version, whose configurations had other keys.
+        ConfigError: nothing says how it was started, or another version does, whose configurations had other keys.
     """
-    if not started.exists():
-        return False
+    if not started.is_file():
+        raise ConfigError(
+            f"--resume: {started} is missing, which says how the run was started; nothing was changed. Put it back, or "
+            "start another run with another --run and without --resume."
+        )
     try:
         before = from_toml(started, Config())
     except ConfigError as error:
@@ -167,6 +188,7 @@ def save_state(run: Run, state: State, *, last: bool = False) -> None:
         "metrics": live.position,
         "pending": live.pending,
     }
+    live.sync()
     try:
         checkpoint.save(run.config.run / "checkpoints", state.step, data)
         export_lora(run.policy, state.ema, run.config.run)
@@ -176,18 +198,70 @@ def save_state(run: Run, state: State, *, last: bool = False) -> None:
         live.say(f"warning: {error} Training goes on; free some space before the next checkpoint.")
 
 
-def restore_state(run: Run, saved: dict[str, Any], fresh: State) -> State:
-    """Put a checkpoint back, and cut what was logged after it; of several processes, the main one cuts.
+def usable(config: Config, given: dict[str, str], fresh: State) -> dict[str, Any]:
+    """The newest whole checkpoint of a run that is to go on. Nothing is written.
+
+    Args:
+        given: what the prompts are now.
+        fresh: the state of such a run before its first epoch, which the checkpoint has to be like.
 
     Raises:
-        ConfigError: its format is an older one, or the run was given other prompts when it was saved.
+        ConfigError: there is none, or it does not fit.
     """
+    folder = config.run / "checkpoints"
+    saved = checkpoint.latest(folder)
+    if saved is None:
+        raise ConfigError(
+            f"--resume: no checkpoint in {folder} can be used; nothing was changed. Put a whole one back, or start "
+            "another run with another --run and without --resume."
+        )
+    _check_fits(saved, config, given, fresh)
+    return _with_records(saved, config.run / "metrics.jsonl")
+
+
+def _check_fits(saved: dict[str, Any], config: Config, given: dict[str, str], fresh: State) -> None:
+    """Raise if a checkpoint has another format, was saved with other prompts, is from later than is asked for, or is
+    that of another model or rule."""
     if saved.get("version") != VERSION:
         raise ConfigError(
-            f"--resume: the checkpoints in {run.config.run} have format {saved.get('version', 1)}, this version reads "
+            f"--resume: the checkpoints in {config.run} have format {saved.get('version', 1)}, this version reads "
             f"{VERSION}. Go on with the version that wrote them, or start another run."
         )
-    _check_given(saved["given"], run.inputs.given)
+    _check_given(saved["given"], given)
+    least = saved["epoch"] + (saved["part"] > 0)
+    if least > config.epochs:
+        raise ConfigError(
+            f"--resume: expected epochs to be at least the {least} that {config.run} has begun, got {config.epochs}; "
+            f"nothing was changed. Give --epochs {least} or more, or start another run with another --run."
+        )
+    shapes, now = ({name: x.shape for name, x in tree.items()} for tree in (saved["default"], fresh.ema))
+    if shapes != now or len(saved["balance"]) != len(pytree.tree_leaves(fresh.balance)):
+        raise ConfigError(
+            f"--resume: the checkpoints in {config.run} are of another {'model' if shapes != now else 'balance'} than "
+            "this one; nothing was changed. Put the old one back, or start another run with another --run."
+        )
+
+
+def _with_records(saved: dict[str, Any], metrics: Path) -> dict[str, Any]:
+    """A checkpoint that counts on the records that are there: some may be lost, after a power cut, say.
+
+    The last of them was that of the evaluation, if there was one, which is then made again.
+    """
+    found = metrics.read_bytes()[: saved["metrics"]] if metrics.is_file() else b""
+    kept = found.partition(b"\0")[0]
+    if len(kept) == saved["metrics"]:
+        return saved
+    warnings.warn(
+        f"{metrics}: expected the {saved['metrics']} bytes that were there at the checkpoint, got {len(kept)}: records "
+        "are lost. The run goes on with those that are left; its report and comparisons lack the others.",
+        stacklevel=2,
+    )
+    evaluated = min(saved["evaluated"], saved["epoch"] - 1)
+    return saved | {"metrics": kept.rfind(b"\n") + 1, "evaluated": evaluated}
+
+
+def restore_state(run: Run, saved: dict[str, Any], fresh: State) -> State:
+    """Put a ``usable`` checkpoint back, and cut what was logged after it; of several processes, the main one cuts."""
     load_adapter(run.policy, "default", saved["default"])
     load_adapter(run.policy, "old", saved["old"])
     run.optimizer.load_state_dict(saved["optimizer"])

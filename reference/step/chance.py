@@ -41,9 +41,10 @@ def noise_of(own: Tensor | range, total: int, shape: Sequence[int], draws: torch
     return found
 
 
-def seed_everything(seed: int, epoch: int, peers: Peers) -> None:
-    """Seed the global generators, for rewards that use them, differently on each process."""
-    purpose = ("global", epoch, peers.rank)[: 3 if peers.rank else 2]
+def seed_everything(seed: int, what: int | str, peers: Peers) -> None:
+    """Seed the global generators for an epoch or for ``"evaluation"``, for rewards that use them, differently on each
+    process."""
+    purpose = ("global", what, peers.rank)[: 3 if peers.rank else 2]
     value = int(torch.randint(2**31, (), generator=generator(seed, *purpose)))
     random.seed(value)
     np.random.seed(value)

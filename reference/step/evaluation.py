@@ -14,7 +14,7 @@ from reference.policy.base import Base
 from reference.processes.peers import Peers, share_of
 from reference.processes.sums import gather_rows
 from reference.rewards.scorer import Scorer, score_images
-from reference.step.chance import generator, noise_of
+from reference.step.chance import generator, noise_of, seed_everything
 from reference.step.rollout import Sampling, gather_scores, generate_batches
 
 
@@ -23,7 +23,7 @@ class Judging(NamedTuple):
 
     Attributes:
         images: of each prompt.
-        seed: of the noise.
+        seed: of the noise, and of rewards that use random numbers.
         how: the sampling.
     """
 
@@ -42,7 +42,8 @@ def evaluate(
 ) -> tuple[Scores, Tensor]:
     """Score images of each prompt, drawn with other adapter weights than the trained ones.
 
-    Of several processes, each draws its ``share_of`` the images; all get all scores.
+    Seeds the global generators, so that rewards that use them say the same at every evaluation of the same images. Of
+    several processes, each draws its ``share_of`` the images; all get all scores.
 
     Returns:
         ``(Scores [P * images, K], images)``, the images of a prompt side by side, on the CPU; this process's share of
@@ -59,6 +60,7 @@ def evaluate(
             pictures.append(made.cpu())
             yield made
 
+    seed_everything(judging.seed, "evaluation", peers)
     with weights_of(policy, weights):
         scores = score_images(scorer, drawn(), mine)
     return gather_scores(scores, own, total, peers), torch.cat(pictures)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from marble_core import interpolation
 from marble_core.rules import (
@@ -115,7 +116,7 @@ def method_of(config: Config) -> Method:
         case "cone":
             turned = cone(K, prior=prior / prior.sum())
             return Method(turned, _or(s.refresh_every, 1), memory=_or(s.decay, 0.9))
-    return Method(_own(config.balance, K, rho), _or(s.refresh_every, 10), memory=s.decay)
+    return Method(_own(config.balance, K, s.rho), _or(s.refresh_every, 10), memory=s.decay)
 
 
 N = TypeVar("N", int, float)
@@ -126,25 +127,60 @@ def _or(value: N | None, default: N) -> N:
     return default if value is None else value
 
 
-def _own(path: str, K: int, rho: float) -> Rule:
+def _own(path: str, K: int, rho: float | None) -> Rule:
     """A rule of the user's: ``callable(num_rewards) -> Rule``, or from the Gram matrix of unit gradients to weights,
     which ``marble`` then uses in place of the min-norm point, without its guard: that is about the shortest direction.
 
     Raises:
-        ConfigError: it cannot be loaded, or makes no rule.
+        ConfigError: it cannot be loaded, makes no rule, takes no ``rho``, or its state could not be saved.
     """
     found = load_callable(path, "balance")
-    if "num_rewards" not in inspect.signature(found).parameters:
-        return marble(K, rho=rho, guard=0.0, solver=_checked_solver(found, path))
+    if not _makes_rule(found, path):
+        return marble(K, rho=_or(rho, 0.7), guard=0.0, solver=_checked_solver(found, path))
+    if rho is not None:
+        raise ConfigError(
+            f"solve.rho: expected none with balance {path!r}, which makes a whole rule, got {rho}: only the weights of "
+            "a solver are smoothed. Leave it out, or set it within the rule."
+        )
     try:
         rule = found(num_rewards=K)
+        state = rule.init() if isinstance(rule, Rule) else None
     except Exception as error:
         raise ConfigError(f"balance {path!r} raised {place_of(error)}") from error
     if not isinstance(rule, Rule):
         raise ConfigError(
             f"balance {path!r}: expected a marble_core.rules.Rule for num_rewards = {K}, got {type(rule).__name__}."
         )
+    if fault := _not_saved(state, state):
+        raise ConfigError(f"balance {path!r}: expected init() to return {fault}")
     return rule._replace(update=_checked_update(rule, path, K))
+
+
+def _makes_rule(found: Callable[..., Any], path: str) -> bool:
+    """Whether a callable takes ``num_rewards``: it then makes a rule, and is a solver otherwise."""
+    try:
+        return "num_rewards" in inspect.signature(found).parameters
+    except (TypeError, ValueError) as error:  # one that is written in C
+        raise ConfigError(
+            f"balance {path!r}: expected a function that takes num_rewards and returns a rule, or one from a Gram "
+            f"matrix to weights, got one that does not say what it takes ({error}). Wrap it in a function of your own."
+        ) from error
+
+
+def _not_saved(state: Any, first: Any) -> str:
+    """Why a rule's state could not go into a checkpoint and come back in the form of the first one; empty if it can."""
+    leaves, form = pytree.tree_flatten(state)
+    odd = [type(x).__name__ for x in leaves if not isinstance(x, Tensor)]
+    if odd:
+        return (
+            f"tensors, alone or in tuples, lists or dictionaries, which a checkpoint can hold, got {odd[0]}. Write a "
+            "number as torch.tensor(0.0), and () where there is nothing to remember."
+        )
+    if form != pytree.tree_structure(first):
+        return (
+            f"{len(pytree.tree_leaves(first))} tensors in the places of those of init(), got {len(leaves)} in others."
+        )
+    return ""
 
 
 def _checked_solver(solver: Callable[[Tensor], Tensor], path: str) -> Callable[[Tensor], Tensor]:
@@ -167,11 +203,13 @@ def _checked_update(rule: Rule, path: str, K: int) -> Callable[[Any, Evidence], 
 
     def checked(state: Any, evidence: Evidence) -> tuple[Any, Tensor]:
         try:
-            state, c = rule.update(state, evidence)
+            after, c = rule.update(state, evidence)
         except Exception as error:
             raise TrainingError(f"balance {path!r} raised {place_of(error)}") from error
         _check_weights(c, path, K)
-        return state, c
+        if fault := _not_saved(after, state):
+            raise TrainingError(f"balance {path!r}: expected the state after an update to be {fault}")
+        return after, c
 
     return checked
 

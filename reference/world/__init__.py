@@ -1,1 +1,1 @@
-"""The small world: scenes with exact ground truth, a base model that draws them, and five rewards that read pixels."""
+"""The small world: scenes with exact ground truth, a base model that draws them, and eight rewards that read pixels."""

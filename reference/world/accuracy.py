@@ -1,4 +1,4 @@
-"""How well the five rewards judge rendered scenes, where the truth is known."""
+"""How well the eight rewards judge rendered scenes, where the truth is known."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 import torch
 from torch import Tensor
 
+from reference.config.checks import at_least
 from reference.interfaces import plain_prompts, score
 from reference.world.model import token_ids
 from reference.world.render import render
@@ -18,7 +19,11 @@ def accuracy(count: int = 1000, seed: int = 1) -> str:
     """A table in Markdown: each reward on rendered scenes of held-out and other prompts, on wrong prompts, on noise.
 
     ``right``: the scene's own prompt; ``other``: the prompt of another scene; ``noise``: uniform noise, own prompt.
+
+    Raises:
+        ConfigError: there are not two scenes of each kind.
     """
+    at_least(2 * len(KINDS), count=count)
     rng = random.Random(seed)
     scenes = [random_scene(rng, KINDS[i % len(KINDS)]) for i in range(count)]
     prompts = [prompt_of(scene) for scene in scenes]

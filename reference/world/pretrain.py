@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from marble_core import ema_tree
+from reference.config.checks import at_least
 from reference.config.settings import PretrainConfig
 from reference.errors import ConfigError
 from reference.tensor_files import load_tensors
+from reference.text_files import make_folder
 from reference.world.model import PromptEncoder, encode_images, log_line, new_transformer, save_base, token_ids
 from reference.world.render import ink_mask, render
 from reference.world.scenes import KINDS, prompt_of, random_scene
@@ -30,7 +32,9 @@ def pretrain(config: PretrainConfig, folder: Path) -> None:
 
     Data, noise and times depend on the seed and the step alone, so a run that was stopped goes on as if it had not.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    at_least(1, steps=config.steps, batch=config.batch, save_every=config.save_every)
+    at_least(0, lr=config.lr, warmup=config.warmup, ink_weight=config.ink_weight)
+    make_folder(folder)
     torch.manual_seed(config.seed)
     transformer, encoder = new_transformer(), PromptEncoder()
     model = nn.ModuleDict({"transformer": transformer, "encoder": encoder})
@@ -41,10 +45,10 @@ def pretrain(config: PretrainConfig, folder: Path) -> None:
     momenta = [torch.zeros_like(p) for p in inside]
     optimizer = torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
     average = {name: p.detach().clone() for name, p in named.items()}
-    start = _load(folder / "state.pt", model, optimizer, momenta, average)
+    start = _load(folder / "state.pt", config, model, optimizer, momenta, average)
     began, losses = time.monotonic(), []
     for step in range(start, config.steps):
-        rate = config.lr * min((step + 1) / config.warmup, 1.0)
+        rate = config.lr * min((step + 1) / max(config.warmup, 1), 1.0)
         optimizer.param_groups[0]["lr"] = rate
         loss = _loss(transformer, encoder, *batch(config, step))
         loss.backward()  # type: ignore[no-untyped-call]
@@ -58,7 +62,7 @@ def pretrain(config: PretrainConfig, folder: Path) -> None:
             log_line(folder / "pretrain.log", f"{line} seconds {time.monotonic() - began:.0f}")
             losses = []
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            _save(folder, step + 1, model, optimizer, momenta, average)
+            _save(folder, step + 1, config, model, optimizer, momenta, average)
 
 
 def batch(config: PretrainConfig, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -123,6 +127,7 @@ def muon_step(matrices: Sequence[nn.Parameter], momenta: Sequence[Tensor], lr: f
 def _save(
     folder: Path,
     step: int,
+    config: PretrainConfig,
     model: nn.ModuleDict,
     optimizer: torch.optim.Optimizer,
     momenta: list[Tensor],
@@ -130,7 +135,7 @@ def _save(
 ) -> None:
     """The state to go on from, and the averaged weights as a base model in float16."""
     state: dict[str, Any] = {"step": step, "model": model.state_dict(), "average": average, "momenta": momenta}
-    state["optimizer"] = optimizer.state_dict()
+    state |= {"optimizer": optimizer.state_dict(), "settings": _settings(config)}
     torch.save(state, folder / "state.tmp")
     os.replace(folder / "state.tmp", folder / "state.pt")
     averaged = copy.deepcopy(model)
@@ -138,16 +143,34 @@ def _save(
     save_base(folder, averaged["transformer"].half(), averaged["encoder"].half())  # type: ignore[arg-type]
 
 
+def _settings(config: PretrainConfig) -> dict[str, float]:
+    """What has to be equal to go on from a saved state."""
+    return {name: x for name, x in vars(config).items() if name not in ("steps", "save_every")}
+
+
 def _load(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, momenta: list[Tensor], average: dict[str, Tensor]
+    path: Path,
+    config: PretrainConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    momenta: list[Tensor],
+    average: dict[str, Tensor],
 ) -> int:
-    """Load a saved state in place; the step to go on from."""
+    """Load a saved state in place; the step to go on from.
+
+    Raises:
+        ConfigError: it cannot be read, or was made with other settings.
+    """
     if not path.exists():
         return 0
     try:
         state = load_tensors(path, path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"folder: {error} Remove it to begin again.") from error
+        raise ConfigError(f"--folder: {error} Remove it to begin again.") from error
+    before, now = state.get("settings", {}), _settings(config)
+    other = [f"{name} = {x}" for name, x in before.items() if x != now.get(name)]
+    if other:
+        raise ConfigError(f"--folder: {path} was made with {', '.join(other)}. Give the same, or another --folder.")
     model.load_state_dict(state["model"])
     average.update(state["average"])
     for momentum, saved in zip(momenta, state["momenta"], strict=True):

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reference.config.checks import at_least
 from reference.config.settings import SimilarityConfig
+from reference.text_files import make_folder
 from reference.world.model import log_line, token_ids
 from reference.world.render import render
 from reference.world.scenes import KINDS, MAX_TOKENS, VOCABULARY, Scene, prompt_of, random_scene
@@ -44,8 +46,14 @@ class DualEncoder(nn.Module):
 
 
 def train_dual_encoder(config: SimilarityConfig, folder: Path) -> None:
-    """Train from scratch; write ``folder/similarity.safetensors`` (float16) and ``folder/similarity.log``."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Train from scratch; write ``folder/similarity.safetensors`` (float16) and ``folder/similarity.log``.
+
+    Raises:
+        ConfigError: a number that cannot be, or a folder that cannot be written to.
+    """
+    at_least(1, steps=config.steps, batch=config.batch)
+    at_least(0, lr=config.lr)
+    make_folder(folder)
     torch.manual_seed(config.seed)
     model = DualEncoder()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.05)

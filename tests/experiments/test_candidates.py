@@ -62,6 +62,14 @@ def test_every_candidate_is_a_rule(label: str) -> None:
         assert torch.equal(rule.update(state, Evidence())[1], c)
 
 
+def test_a_change_of_the_coefficients_is_none_of_the_state() -> None:
+    rule = CANDIDATES["upgrad"](5)
+    state, c = rule.update(rule.init(), halves(0))
+    before = state.clone()
+    c.zero_()
+    assert torch.equal(state, before)
+
+
 def test_what_cannot_be_told_from_noise_has_its_equal_share() -> None:
     unknown = halves(1)._replace(certainty=torch.full((5,), torch.nan))
     raw, unit = raw_min_norm_shrunk(5), min_norm_halves(5)

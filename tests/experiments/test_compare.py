@@ -222,6 +222,43 @@ def test_a_finished_run_of_another_configuration_is_refused(tmp_path: Path) -> N
             plan_runs(settings_of_rules(SETTINGS, ("soft-min", "uniform")), 2, tmp_path)
 
 
+def test_a_run_that_was_stopped_and_is_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    config = plan_runs(settings_of_rules(SETTINGS, ("uniform",)), 1, tmp_path)["uniform"][0]
+    write(config, records(config, (1.0, 1.0, 1.0), cpu=1.0)[:-1])
+    (config.run / "config.toml").write_text(to_toml(dataclasses.replace(config, balance="marble")), encoding="utf-8")
+    plan_runs(settings_of_rules(SETTINGS, ("uniform",)), 1, tmp_path)  # nothing to go on from: the trainer has its say
+    (config.run / "checkpoints").mkdir()
+    (config.run / "checkpoints" / "step-00000001.ckpt").touch()
+    with pytest.raises(ConfigError, match=r"uniform/seed-0 was made by another configuration"):
+        plan_runs(settings_of_rules(SETTINGS, ("uniform",)), 1, tmp_path)
+    (config.run / "config.toml").write_text("epoch = 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"uniform/seed-0 is of another version \(config: unknown key epoch"):
+        plan_runs(settings_of_rules(SETTINGS, ("uniform",)), 1, tmp_path)
+
+
+def test_a_run_that_has_gone_further_is_compared_where_it_was_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(tmp_path, monkeypatch, "exit 1")  # nothing is to be trained
+    made_up(tmp_path)
+    rules = settings_of_rules(dataclasses.replace(SETTINGS, epochs=1), ("soft-min", "uniform"))
+    text = compare(plan_runs(rules, 2, tmp_path), tmp_path, jobs=1, tables_only=False).text
+    assert "+0.125 [+0.125, +0.125] raised" in text
+    metrics = tmp_path / "uniform" / "seed-1" / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    message = r"uniform/seed-1 has gone further than 1 epochs, and was evaluated after 0"
+    metrics.write_text("".join(x for x in lines if '"eval", "epoch": 1' not in x), encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"{message}, 2"):
+        plan_runs(rules, 2, tmp_path)
+    metrics.write_text(lines[0], encoding="utf-8")  # stopped on its way
+    plan_runs(rules, 2, tmp_path)
+    saved = metrics.parent / "checkpoints"
+    saved.mkdir()
+    (saved / "step-00000003.ckpt").touch()  # two steps are an epoch
+    with pytest.raises(ConfigError, match=f"{message}\\."):
+        plan_runs(rules, 2, tmp_path)
+
+
 def test_rules_that_are_not_judged_alike_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "other.toml"
     file.write_text("[log]\neval_images = 3\n", encoding="utf-8")
@@ -384,3 +421,10 @@ def test_gains_at_a_budget_between_evaluations() -> None:
     scores: Array = np.array([[[1.0]], [[2.0]], [[4.0]]])
     run = comparison.Run(np.arange(3.0), np.array([0.0, 10.0, 20.0]), scores, np.ones(1), np.zeros(4), 2)
     assert [float(comparison._at(run, cpu)[0, 0]) for cpu in (5.0, 10.0, 15.0, 20.0, 99.0)] == [0.5, 1.0, 2.0, 3.0, 3.0]
+
+
+def test_a_run_without_its_first_evaluation_has_no_gains(tmp_path: Path) -> None:
+    config = plan_runs(settings_of_rules(SETTINGS, ("soft-min",)), 1, tmp_path)["soft-min"][0]
+    write(config, [r for r in records(config, (1.0, 1.0, 1.0), cpu=1.0) if r["kind"] != "eval" or r["epoch"]])
+    with pytest.raises(ConfigError, match="do not begin with an evaluation of the base model"):
+        read_run(config)

@@ -16,8 +16,11 @@ from reference.config.presets import preset
 from reference.config.settings import Config, LogConfig
 from reference.config.toml import to_toml
 from reference.errors import ConfigError
+from reference.experiments import diagnose as diagnose_module
+from reference.experiments import tilt
 from reference.experiments.bank import Bank, Indices
 from reference.experiments.diagnose import RULES, curve, diagnose, direction, limits, signal_of
+from reference.run import checkpoint
 from reference.train import train
 
 K, P, UNITS, HELD_OUT = 2, 300, 64, 40
@@ -178,14 +181,44 @@ def test_a_sketch_keeps_inner_products(tiny: Config, tmp_path: Path) -> None:
     assert float(error[signals][:, signals].abs().max()) < 0.05
 
 
-def test_what_cannot_be_diagnosed(tiny: Config, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="units: expected at least 4"):
+def test_gradients_of_another_run_or_other_settings_are_not_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of a comparison have one name, and checkpoints of one name."""
+    collected: list[Path | None] = []
+    bank = bank_of(signals_at(2.0), 0.1, units=4)
+
+    def collect(config: Config, run: Path | None, *numbers: int) -> dict[str, object]:
+        collected.append(run)
+        return {"gram": torch.from_numpy(bank.gram), "rows": bank.rows, "gains": bank.gains}
+
+    monkeypatch.setattr(diagnose_module, "collect", collect)
+    monkeypatch.setattr(diagnose_module, "RULES", ("uniform",))
+    monkeypatch.setattr(tilt, "table", lambda *_: "")  # which takes a second
+    runs = [tmp_path / rule / "seed-0" for rule in ("uniform", "cone")]
+    for i, run in enumerate(runs):
+        checkpoint.save(run / "checkpoints", 7, {"step": 7, "default": torch.full((2,), float(i))})
+    config = dataclasses.replace(preset("tiny"), rewards=CONFIG.rewards)
+    other = dataclasses.replace(config, log=dataclasses.replace(config.log, eval_prompts=5))
+    for asked, run in ((config, runs[0]), (config, runs[0]), (config, runs[1]), (other, runs[1])):
+        diagnose(asked, run=run, units=4, held_out=HELD_OUT, sketch=0, folder=tmp_path / "out")
+    assert collected == [runs[0], runs[1], runs[1]]
+
+
+def test_what_cannot_be_diagnosed(tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="--units: expected at least 4"):
         diagnose(tiny, run=None, units=3, held_out=20, sketch=0, folder=tmp_path)
-    with pytest.raises(ConfigError, match="held_out: expected at least 20"):
+    with pytest.raises(ConfigError, match="--held-out: expected at least 20"):
         diagnose(tiny, run=None, units=4, held_out=3, sketch=0, folder=tmp_path)
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "config.toml").write_text(to_toml(dataclasses.replace(tiny, log=LogConfig())), encoding="utf-8")
     with pytest.raises(ConfigError, match="has no checkpoint"):
         diagnose(tiny, run=empty, units=4, held_out=20, sketch=0, folder=tmp_path)
-    assert main(["diagnose", "--run", str(tmp_path / "nowhere")]) == 2
+    for command in ("diagnose", "settle"):
+        assert main([command, "--run", str(tmp_path / "nowhere")]) == 2
+        assert capsys.readouterr().err == (
+            f"--run: expected the folder of a run, with its config.toml, got {tmp_path / 'nowhere'}.\n"
+        )
+    with pytest.raises(ConfigError, match="--sketch: expected at least 0, got -1"):
+        diagnose(tiny, run=None, units=4, held_out=20, sketch=-1, folder=tmp_path)

@@ -11,6 +11,7 @@ from reference.__main__ import main
 from reference.config.settings import Config, LogConfig, RolloutConfig
 from reference.config.toml import to_toml
 from reference.errors import ConfigError
+from reference.experiments import compare as compare_module
 from reference.experiments.compare import plan_runs, settings_of_rules
 from reference.experiments.dilute import dilute
 from reference.prompts.pool import prompts_of_epoch, training_pool
@@ -50,6 +51,14 @@ def test_table_and_figure_of_made_up_runs(tmp_path: Path) -> None:
     first = (tmp_path / "dilute.svg").read_bytes()
     dilute(settings, ("soft-min", "weighted-sum"), (2, 16), 1, tmp_path, jobs=1)
     assert (tmp_path / "dilute.svg").read_bytes() == first
+
+
+def test_rewards_without_text_are_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_module, "train_all", lambda *_: pytest.fail("trained"))
+    with pytest.raises(ConfigError, match=r"rewards: expected text, .* got \['jpeg', 'colour'\]"):
+        dilute(dataclasses.replace(SETTINGS, rewards=("jpeg", "colour")), ("uniform",), (2,), 1, tmp_path, jobs=1)
 
 
 @pytest.mark.parametrize("shares", [(), (1,), (4, 0)])

@@ -18,7 +18,7 @@ from reference.config.flags import Evaluate
 from reference.config.presets import preset
 from reference.config.settings import Config, LogConfig, ModelConfig
 from reference.config.toml import to_toml
-from reference.errors import ConfigError
+from reference.errors import ConfigError, RewardError
 from reference.experiments.evaluation import evaluate_run, prompts_of, reward_names, with_strict
 from reference.experiments.paper import composite, paper_table
 from reference.experiments.summary import (
@@ -165,6 +165,36 @@ def test_what_cannot_be_judged_is_said_before_anything_is_sampled(run: Path, tmp
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="--folder: cannot write to"):
         evaluate_run(Evaluate(run, folder=tmp_path / "file", device="cpu"))
+
+
+def broken(images: Any, prompts: Any, metadata: Any) -> Any:
+    """A reward."""
+    raise KeyError("size")
+
+
+def test_an_evaluation_that_fails_leaves_the_earlier_one(run: Path, tmp_path: Path) -> None:
+    names = ("prompts.csv", "prompts-base.csv", "summary.json", "summary.md")
+    for name in names:
+        (tmp_path / name).write_text("earlier", encoding="utf-8")
+    with pytest.raises(RewardError, match="KeyError"):
+        evaluate_run(Evaluate(run, folder=tmp_path, rewards=(f"{__name__}:broken",), steps=1, device="cpu"))
+    moved = tmp_path / "moved"
+    (moved / "checkpoints").mkdir(parents=True)
+    for file in (run / "checkpoints").iterdir():
+        (moved / "checkpoints" / file.name).write_bytes(file.read_bytes())
+    elsewhere = dataclasses.replace(preset("tiny"), model=ModelConfig(base=str(tmp_path)))  # a folder without a model
+    (moved / "config.toml").write_text(to_toml(elsewhere), encoding="utf-8")
+    with pytest.raises(ConfigError, match="missing"):
+        evaluate_run(Evaluate(moved, folder=tmp_path, rewards=("jpeg",), steps=1, device="cpu"))
+    assert [(tmp_path / name).read_text(encoding="utf-8") for name in names] == ["earlier"] * 4
+
+
+def test_a_source_names_rewards_that_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a red circle\n", encoding="utf-8")
+    source = f"text:{tmp_path / 'a.txt'}#mine:dark"
+    assert prompts_of(preset("tiny"), [source], ("mine:dark",))[0].rewards == ("mine:dark",)
+    with pytest.raises(ConfigError, match="got 'mine:dark'"):
+        prompts_of(preset("tiny"), [source])
 
 
 def test_every_prompt_of_a_file_counts_whatever_the_run_evaluates(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +14,13 @@ import torch
 
 from reference.__main__ import main
 from reference.config.presets import preset
-from reference.config.settings import Config
+from reference.config.settings import Config, OptimConfig
 from reference.errors import ConfigError
+from reference.experiments import settle as settle_module
 from reference.experiments.settle import RULES, SUM, Setting, directions, gradients, open_bench, settle, stepped
 from reference.experiments.settle_tables import tables
 from reference.policy.adapters import adapter_state
+from reference.run import checkpoint
 
 SETTING = Setting(prompts=2, sizes=(0.3, 0.0), images=2)
 
@@ -40,8 +44,6 @@ def test_a_batch_is_tried_once_and_a_second_call_goes_on(tmp_path: Path) -> None
     assert (
         both[0]["changes"]["soft-min @ 0.3"] == both[0]["changes"]["uniform @ 0.3"]
     )  # nothing is measured at the base
-    with pytest.raises(ConfigError, match="at least 2 prompts a batch"):
-        settle(tiny(), None, SETTING._replace(prompts=1), 1, tmp_path)
 
 
 def test_directions_and_steps_are_what_their_rules_say() -> None:
@@ -98,6 +100,81 @@ def test_rates_by_hand() -> None:
     assert rows[SUM].startswith(f"| {SUM} | -0.10 ")  # the last table: cosines
     assert "near zero on 1 of 4" in text
     assert "4 of 4 (100% [51, 100])" in claims[1]  # it neglects b
+
+
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Batches are made up; the numbers of those that are tried."""
+    tried: list[int] = []
+
+    def try_batch(bench: Any, number: int, setting: Setting, before: Any, other: Any) -> dict[str, Any]:
+        tried.append(number)
+        return {"batch": number, "changes": {f"{SUM} @ {size:g}": {} for size in setting.sizes}}
+
+    batch = settle_module.Batch({}, {}, {}, {})
+    for name, found in {"open_bench": SimpleNamespace(policy=None), "adapter_state": {}, "gradients": batch}.items():
+        monkeypatch.setattr(settle_module, name, lambda *_, found=found: found)
+    monkeypatch.setattr(settle_module, "judged", lambda *_: (torch.zeros(3, 2), torch.ones(2)))
+    monkeypatch.setattr(settle_module, "try_batch", try_batch)
+    return tried
+
+
+def test_batches_of_other_settings_or_another_policy_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, run, folder, config = stand_ins(monkeypatch), tmp_path / "run", tmp_path / "out", tiny()
+    checkpoint.save(run / "checkpoints", 7, {"step": 7, "default": torch.zeros(2)})
+    first = settle(config, run, SETTING, 1, folder)
+    assert settle(config, run, SETTING, 1, folder) == first
+    assert tried == [0]
+
+    def refused(config: Config, setting: Setting = SETTING) -> str:
+        with pytest.raises(ConfigError, match=r"batch-0000\.json was tried with other .* Choose another --folder") as e:
+            settle(config, run, setting, 2, folder)
+        return str(e.value)
+
+    assert "(other prompts)" in refused(config, SETTING._replace(prompts=3))
+    assert "(other sizes)" in refused(config, SETTING._replace(sizes=(0.3,)))
+    assert "(other images)" in refused(config, SETTING._replace(images=3))
+    assert "eval_prompts" in refused(dataclasses.replace(config, log=dataclasses.replace(config.log, eval_prompts=4)))
+    assert "(other settings)" in refused(dataclasses.replace(config, optim=OptimConfig(lr=1.0)))
+    checkpoint.save(run / "checkpoints", 7, {"step": 7, "default": torch.ones(2)})  # another run of the same name
+    assert "(other checkpoint)" in refused(config)
+    checkpoint.save(run / "checkpoints", 8, {"step": 8, "default": torch.zeros(2)})  # it has trained on
+    assert "(other step, checkpoint)" in refused(config)
+    assert tried == [0]
+
+
+def test_batches_from_before_there_were_keys_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, config, setting = stand_ins(monkeypatch), tiny(), SETTING._replace(sizes=(0.3,))
+    settle(config, None, setting, 1, tmp_path)
+    file = tmp_path / "batch-0000.json"
+    old = {k: x for k, x in json.loads(file.read_text(encoding="utf-8")).items() if k != "key"}
+    file.write_text(json.dumps(old), encoding="utf-8")
+    assert settle(config, None, setting, 1, tmp_path) == [old]
+    with pytest.raises(ConfigError, match="other sizes"):
+        settle(config, None, SETTING, 1, tmp_path)
+    with pytest.raises(ConfigError, match="other rewards"):
+        settle(dataclasses.replace(config, rewards=("text",)), None, setting, 1, tmp_path)
+    file.write_text(file.read_text(encoding="utf-8")[:-9], encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"cannot read .*batch-0000\.json"):
+        settle(config, None, setting, 1, tmp_path)
+    assert tried == [0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (SETTING._replace(sizes=(-1.0,)), "--sizes: expected finite numbers from 0 on"),
+        (SETTING._replace(sizes=(math.nan,)), "--sizes: expected finite numbers from 0 on"),
+        (SETTING._replace(sizes=()), "--sizes: expected finite numbers from 0 on"),
+        (SETTING._replace(images=0), "--images: expected at least 1, got 0"),
+        (SETTING._replace(prompts=1), "--prompts: expected at least 2, got 1"),
+    ],
+)
+def test_what_cannot_be_tried(tmp_path: Path, setting: Setting, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settle(tiny(), None, setting, 1, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -140,6 +140,27 @@ def test_a_run_from_elsewhere_writes_into_its_own_folder_alone(finished: Path, t
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--images", "0"], "--images: expected at least 1, got 0."),
+        (["--count", "-1"], "--count: expected at least 1, got -1."),
+        (["--steps", "-1"], "--steps: expected at least 0, got -1."),
+        (["--prompts", "a red circle", "a purple cow"], "--prompts: 'a purple cow' is nothing of the small world: "),
+        (["--out", "FOLDER"], "--out: expected the file of a picture, such as grid.png, got "),
+        (["--out", "FOLDER/grid.psd"], "--out: expected the file of a picture, such as grid.png, got "),
+        (["--out", "FOLDER/config.toml/grid.png"], "--out: cannot write to "),
+    ],
+)
+def test_a_grid_that_cannot_be_made_is_refused_before_it_is_sampled(
+    finished: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [flag.replace("FOLDER", str(finished)) for flag in flags]
+    assert main(["generate", "--run", str(finished), *given]) == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
 def test_a_zip_that_leads_elsewhere_is_no_set_of_gradients(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "gradients.pt", "w") as archive:
         archive.writestr("../../outside", "x")

@@ -429,6 +429,9 @@ def test_the_coefficients_that_are_logged_made_the_gradient(policy: Policy, rows
             assert found.refresh["coefficients"] == pytest.approx(c.tolist())
 
 
+WEIGHTS = torch.full((K,), 1 / K, dtype=torch.float64)
+
+
 def own_shape(gram: Tensor) -> Tensor:
     return torch.ones(1)
 
@@ -456,9 +459,22 @@ def rule_error(num_rewards: int) -> Any:
     return soft_min(num_rewards)._replace(update=update)
 
 
+def rule_count(num_rewards: int) -> Any:
+    return soft_min(num_rewards)._replace(init=lambda: torch.tensor(0), update=lambda n, e: (int(n) + 1, WEIGHTS))
+
+
+def rule_grows(num_rewards: int) -> Any:
+    return soft_min(num_rewards)._replace(init=lambda: (WEIGHTS,), update=lambda seen, e: ((*seen, WEIGHTS), WEIGHTS))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        (
+            "rule_count",
+            r"expected the state after an update to be tensors, .* got int\. Write a number as torch\.tensor",
+        ),
+        ("rule_grows", r"expected the state after an update to be 1 tensors in the places of .*, got 2"),
         ("own_shape", r"expected a float tensor of K = 3 weights, got torch\.float32 \[1\]"),
         ("own_list", r"expected a float tensor of K = 3 weights, got list"),
         ("own_nan", r"expected finite weights, got \[nan, nan, nan\]"),
@@ -480,14 +496,31 @@ def raises(num_rewards: int) -> Any:
     raise ValueError("no")
 
 
+def starts_with_a_number(num_rewards: int) -> Any:
+    return soft_min(num_rewards)._replace(init=lambda: 0)
+
+
+def starts_badly(num_rewards: int) -> Any:
+    return soft_min(num_rewards)._replace(init=lambda: raises(num_rewards))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("no_rule", r"expected a marble_core\.rules\.Rule for num_rewards = 3, got list"),
         ("raises", r"raised ValueError: no \(test_balance\.py, line \d+\)"),
+        ("starts_badly", r"raised ValueError: no \(test_balance\.py, line \d+\)"),
+        ("starts_with_a_number", r"expected init\(\) to return tensors, .* got int\. Write a number as torch\.tensor"),
         ("nobody", "nobody"),
     ],
 )
 def test_a_constructor_that_makes_no_rule_is_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         rule(f"{__name__}:{name}")
+
+
+def test_what_a_rule_of_ones_own_would_ignore_or_does_not_say_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"solve\.rho: expected none with balance 'marble_core\.rules:noise_aware'"):
+        rule("marble_core.rules:noise_aware", SolveConfig(rho=0.1))
+    with pytest.raises(ConfigError, match=r"balance 'torch:add': expected a function that takes num_rewards .*Wrap it"):
+        rule("torch:add")

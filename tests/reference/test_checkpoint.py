@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, damage is noticed, and generators continue."""
+"""Checkpoints: whole or not at all, damage is noticed, what does not fit is refused, and generators continue."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
-from reference.errors import CheckpointError
+from marble_core import init_gains
+from reference.config.settings import Config
+from reference.errors import CheckpointError, ConfigError
 from reference.run.checkpoint import latest, load, rng_state, save, set_rng_state
+from reference.run.state import VERSION, State, usable
+from reference.run.watch import init_health
+from reference.step.balance import Balance
+from reference.step.estimate import init_estimate
 
 STATE: dict[str, Any] = {
     "step": 3,
@@ -156,3 +163,65 @@ def test_generators_continue_where_they_were(tmp_path: Path) -> None:
     assert draw() != first
     set_rng_state(load(path))
     assert draw() == first
+
+
+RECORDS = b'{"kind": "eval"}\n{"kind": "step"}\n'
+
+
+def fresh() -> State:
+    """A state before the first epoch, of an adapter with one matrix."""
+    balance = Balance(torch.zeros(2), init_estimate(2, None, {}))
+    return State(0, 0, 0, -1, 0, {"a": torch.zeros(2, 3)}, balance, None, init_gains(2), init_health())
+
+
+def begun(run: Path, records: bytes = RECORDS, **changes: Any) -> Path:
+    """A run of two epochs, evaluated after the second."""
+    state = {"version": VERSION, "epoch": 2, "part": 0, "evaluated": 2, "given": {}, "default": {"a": torch.ones(2, 3)}}
+    state |= {"balance": pytree.tree_leaves(fresh().balance), "metrics": len(RECORDS)} | changes
+    save(run / "checkpoints", 4, state)
+    (run / "metrics.jsonl").write_bytes(records)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changes", "epochs", "message"),
+    [
+        ({}, 1, "expected epochs to be at least the 2 that .* has begun, got 1; .*Give --epochs 2 or more"),
+        ({"epoch": 1, "part": 1}, 1, "expected epochs to be at least the 2 that"),
+        ({"default": {"a": torch.ones(4, 3)}}, 2, "are of another model than this one; nothing was changed"),
+        ({"balance": []}, 2, "are of another balance than this one"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    tmp_path: Path, changes: dict[str, Any], epochs: int, message: str
+) -> None:
+    run = begun(tmp_path, **changes)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=f"^--resume: {message}|^--resume: the checkpoints in .* {message}"):
+        usable(Config(run=run, epochs=epochs), {}, fresh())
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert usable(Config(run=begun(tmp_path), epochs=2), {}, fresh())["evaluated"] == 2
+
+
+@pytest.mark.parametrize(
+    ("records", "left"),
+    [
+        (b"", 0),
+        (RECORDS[:20], 17),
+        (RECORDS[:-1], 17),
+        (RECORDS[:17] + b"\0" * 17, 17),  # as a disk may leave it, and as it was filled up once
+        (RECORDS[:20] + b"\0" * 40, 17),
+    ],
+)
+def test_a_run_whose_records_were_lost_goes_on_with_what_is_left(tmp_path: Path, records: bytes, left: int) -> None:
+    config = Config(run=begun(tmp_path, records), epochs=2)
+    with pytest.warns(
+        UserWarning, match=r"metrics\.jsonl: expected the 34 bytes .* records are lost\. The run goes on"
+    ):
+        saved = usable(config, {}, fresh())
+    assert (saved["metrics"], saved["evaluated"]) == (left, 1)  # and it is evaluated again
+
+
+def test_records_after_a_checkpoint_are_nothing_to_warn_of(tmp_path: Path) -> None:
+    saved = usable(Config(run=begun(tmp_path, RECORDS + b'{"kind": "st'), epochs=2), {}, fresh())
+    assert (saved["metrics"], saved["evaluated"]) == (len(RECORDS), 2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import inspect
 import re
 import subprocess
 import sys
@@ -14,9 +16,9 @@ import pytest
 import reference
 from reference import __main__ as command_line
 from reference.__main__ import COMMANDS, main, train_flags
-from reference.config.flags import Stress
+from reference.config.flags import Stress, Train
 from reference.config.presets import preset
-from reference.config.settings import BUILT_IN_RULES, Config, Preset
+from reference.config.settings import BUILT_IN_RULES, WORLD_REWARDS, Config, Preset
 from reference.config.toml import from_toml
 from reference.errors import CheckpointError, ConfigError, Interrupted, RewardError, TrainingError
 from reference.run.plan import plan
@@ -78,6 +80,78 @@ def test_an_unknown_flag_is_refused_with_a_suggestion(capsys: pytest.CaptureFixt
         main(["train", "--optim.lrr", "3"])
     assert stop.value.code == 2
     assert "--optim.lr" in capsys.readouterr().err.replace("--optim.lrr", "")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["settle", "--preset", "tiny"],
+        ["diagnose", "--preset", "tiny"],
+        ["compare"],
+        ["ablate"],
+        ["dilute"],
+        ["controls"],
+        ["demo"],
+        ["world-pretrain"],
+        ["world-similarity"],
+    ],
+)
+def test_a_file_is_no_folder_for_results(
+    argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert main([*argv, "--folder", "file"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("--folder: cannot write to file")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("world-accuracy --count 3", "--count: expected at least 10, got 3"),
+        ("world-pretrain --warmup -1", "--warmup: expected at least 0, got -1"),
+        ("world-pretrain --save-every 0", "--save-every: expected at least 1, got 0"),
+        ("world-pretrain --lr inf", "--lr: expected at least 0, got inf"),
+        ("world-similarity --steps 0", "--steps: expected at least 1, got 0"),
+        ("settle --preset tiny --images 0", "--images: expected at least 1, got 0"),
+        ("diagnose --preset tiny --sketch -1", "--sketch: expected at least 0, got -1"),
+    ],
+)
+def test_numbers_that_cannot_be_are_named(
+    argv: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*argv.split(), *([] if "accuracy" in argv else ["--folder", str(tmp_path / "out")])]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_pretraining_does_not_go_on_with_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["world-pretrain", "--batch", "2", "--warmup", "0", "--folder", str(tmp_path), "--steps"]
+    assert main([*flags, "1"]) == 0
+    assert main([*flags, "2", "--seed", "1"]) == 2
+    assert f"{tmp_path / 'state.pt'} was made with seed = 0. Give the same" in capsys.readouterr().err
+    assert main([*flags, "2"]) == 0
+
+
+def test_the_help_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every preset is told of, no word stands between stray quotes, and the rewards are counted."""
+    for kind in (kind for kind, _ in COMMANDS.values()):
+        assert '" "' not in " ".join(inspect.getsource(kind).split()).replace('"""', "")
+    about = inspect.getsource(Train).partition("preset: Preset")[2].partition("config:")[0]
+    assert all(name in about for name in typing.get_args(Preset))
+    assert len(WORLD_REWARDS) == 8
+    assert "the world's eight" in inspect.getsource(Config)
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def command(a: Stress) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "tables.md")
+
+    monkeypatch.setitem(command_line.COMMANDS, "train", (Stress, command))
+    assert main(["train"]) == 1
+    assert capsys.readouterr().err == "[Errno 28] No space left on device: 'tables.md'\n"
 
 
 def test_preset_then_file_then_flags(tmp_path: Path) -> None:

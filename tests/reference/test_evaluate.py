@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from reference.config.presets import preset
 from reference.config.settings import Config
-from reference.errors import ConfigError
+from reference.config.toml import to_toml
+from reference.errors import ConfigError, TrainingError
+from reference.experiments import controls as controls_module
+from reference.experiments import demo as demo_module
 from reference.experiments.controls import controls, held_out_gain
 from reference.experiments.demo import RULES, demo, findings
 from reference.interfaces import Scores, plain_prompts
@@ -26,6 +30,7 @@ from reference.step.chance import generator
 from reference.step.evaluation import Judging, evaluate, prompt_means
 from reference.step.rollout import Sampling, generate_batches
 from reference.world.accuracy import accuracy
+from tests.experiments.made_runs import write
 
 NAN = float("nan")
 
@@ -92,7 +97,7 @@ def test_controls_report_each_reward_and_do_not_repeat_themselves(tmp_path: Path
     table = controls(settings, ("colour", "jpeg"), tmp_path / "controls")
     lines = table.splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| colour", "| jpeg"]
-    first, last, change = held_out_gain(tmp_path / "controls" / "colour", "colour")
+    first, last, change = held_out_gain(dataclasses.replace(settings, run=tmp_path / "controls" / "colour"), "colour")
     evals = records(tmp_path / "controls" / "colour", "eval")
     assert (first, last) == (evals[0]["rewards"]["colour"]["mean"], evals[-1]["rewards"]["colour"]["mean"])
     assert change.mean == pytest.approx(last - first, abs=1e-6)
@@ -114,6 +119,71 @@ def test_the_demo_trains_all_rules_from_the_same_start(tmp_path: Path, capsys: p
     assert means[0] == pytest.approx(means[1], abs=1e-3)  # one may have more threads, which round otherwise
     assert means[0] == pytest.approx(means[2], abs=1e-3)
     assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
+
+
+def test_controls_check_every_run_before_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(config: Config, *, resume: bool) -> None:
+        raise AssertionError(f"{config.run} {resume}")
+
+    monkeypatch.setattr(controls_module, "train", trained)
+    settings = tiny(tmp_path, epochs=2)
+    for name in ("colour", "jpeg"):
+        config = dataclasses.replace(settings, run=tmp_path / name, rewards=(name,), balance="uniform")
+        means = [{"kind": "eval", "epoch": e, "per_prompt": {name: [e, e + 1.0]}, "rewards": {name: {"mean": e + 0.5}}}
+                 for e in (0, 1, 2)]  # fmt: skip
+        write(config, means)
+        (config.run / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    assert "| jpeg | 0.500 | 2.500 | +2.000 |" in controls(settings, ("colour", "jpeg"), tmp_path)
+    shorter = dataclasses.replace(settings, epochs=1)  # than what was trained: its evaluation is there
+    assert "| jpeg | 0.500 | 1.500 | +1.000 |" in controls(shorter, ("colour", "jpeg"), tmp_path)
+    rollout = dataclasses.replace(settings.rollout, prompts_per_epoch=3)
+    for other in (dataclasses.replace(settings, seed=1), dataclasses.replace(settings, rollout=rollout)):
+        with pytest.raises(ConfigError, match="colour was made by another configuration"):
+            controls(other, ("colour", "jpeg"), tmp_path)
+    with pytest.raises(ConfigError, match="Did you mean 'text'"):  # before objects is trained
+        controls(settings, ("objects", "txt"), tmp_path)
+
+
+def _by_compare(run: Path, config: Config) -> None:
+    (run / "seed-0").mkdir(parents=True)
+    (run / "seed-0" / "config.toml").write_text(to_toml(config), encoding="utf-8")
+
+
+def _by_hand(run: Path, config: Config) -> None:
+    run.mkdir()
+    (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
+
+
+def _with_other_settings(run: Path, config: Config) -> None:
+    _by_demo(run, dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.1)))
+
+
+def _by_demo(run: Path, config: Config) -> None:
+    _by_hand(run, config)
+    run.with_suffix(".toml").write_text(to_toml(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize("other", [_by_compare, _by_hand, _with_other_settings])
+def test_the_demo_removes_runs_of_a_demo_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: Callable[[Path, Config], None]
+) -> None:
+    def stops(configs: list[Config], jobs: int) -> None:
+        raise TrainingError("begun")
+
+    monkeypatch.setattr(demo_module, "train_all", stops)
+    settings, (first, *_, last) = tiny(tmp_path), RULES
+    log = dataclasses.replace(settings.log, trackers=())
+    of = {rule: dataclasses.replace(settings, run=tmp_path / rule, balance=rule, log=log, seed=7) for rule in RULES}
+    _by_demo(tmp_path / first, of[first])
+    other(tmp_path / last, of[last])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=f"{last} is no run of an earlier demo"):
+        demo(settings)
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / last).rename(tmp_path / "elsewhere")
+    with pytest.raises(TrainingError, match="begun"):
+        demo(settings)
+    assert not (tmp_path / first).exists()
 
 
 def test_the_demo_says_what_its_runs_showed_and_no_more() -> None:
@@ -142,3 +212,5 @@ def test_accuracy_on_a_few_scenes() -> None:
     assert "| objects | 1.000 |" in text
     assert "| text | 1.000 |" in text
     assert "objects: exactly 1 on 100.0 % of 16 scenes." in text
+    with pytest.raises(ConfigError, match="--count: expected at least 10, got 9"):
+        accuracy(count=9)

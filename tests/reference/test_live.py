@@ -123,6 +123,9 @@ def test_lines_that_a_full_disk_refuses_wait_and_come_in_order(
     class Full:
         """A file on a full disk: it takes a few bytes and then fails."""
 
+        def seek(self, offset: int, whence: int) -> int:
+            return file.seek(offset, whence)
+
         def truncate(self, size: int) -> int:
             return file.truncate(size)
 
@@ -154,6 +157,15 @@ def test_cutting_back_brings_waiting_lines_again(tmp_path: Path) -> None:
     live.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 7, 8]
+
+
+def test_a_file_that_was_emptied_under_the_run_is_not_filled_up(tmp_path: Path) -> None:
+    live = Live(tmp_path, (), epochs=1)
+    live.log({"kind": "step", "step": 1})
+    (tmp_path / "metrics.jsonl").write_bytes(b"")
+    live.log({"kind": "step", "step": 2})
+    live.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"kind": "step", "step": 2}\n'
 
 
 def test_a_tracker_that_fails_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

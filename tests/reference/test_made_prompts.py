@@ -15,6 +15,14 @@ from reference.prompts.made import make_lines, write_prompts
 KINDS = ("general", "ocr", "geneval")
 
 
+def test_a_folder_is_no_file_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for out, message in ((".", "--out: expected the name of a file"), ("file/x.txt", "--out: cannot write file/x.txt")):
+        with pytest.raises(ConfigError, match=message):
+            write_prompts("general", Path(out), 0, count=1, test_count=1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_read_back_and_share_no_prompt_whatever_the_seeds(kind: str, tmp_path: Path) -> None:
     trained, tests = set(), set()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from reference.interfaces import plain_prompts
 from reference.policy.adapters import (
     ATTENTION,
     Adapter,
@@ -20,7 +24,10 @@ from reference.policy.adapters import (
     velocity,
     weights_of,
 )
-from reference.step.rollout import Sampler, sample, times
+from reference.policy.base import load_base
+from reference.rewards.scorer import Scorer
+from reference.step.evaluation import Judging, evaluate
+from reference.step.rollout import Sampler, Sampling, sample, times
 from tests.conftest import tiny_transformer
 
 INPUT = (torch.randn(2, 3, 4, 4), torch.tensor([0.3, 0.9]), (torch.randn(2, 2, 6), torch.randn(2, 5)))
@@ -190,3 +197,21 @@ def test_weights_of_low_precision_are_not_merged(policy: Policy) -> None:
         with context(policy, "old"), torch.no_grad():
             found.append(velocity(policy, x_t.bfloat16(), t.bfloat16(), (embeds.bfloat16(), pooled.bfloat16())))
     assert torch.equal(*found)
+
+
+def test_rewards_that_use_random_numbers_say_the_same_at_every_evaluation() -> None:
+    base = load_base("world")
+    drifted = add_lora(base.transformer, rank=2, alpha=4.0, targets="linear", seed=0)
+
+    def by_chance(images: Tensor, *_: object) -> Tensor:
+        return torch.rand(len(images)) + random.random() + float(np.random.random())
+
+    def scores(seed: int) -> Tensor:
+        scorer, judging = Scorer({"chance": by_chance}, torch.device("cpu")), Judging(2, seed, Sampling("euler", 1, 2))
+        prompts = plain_prompts(["a red circle"])
+        return evaluate(drifted, base, adapter_state(drifted, "default"), prompts, scorer, judging)[0].values
+
+    first = scores(0)
+    torch.rand(3)
+    assert torch.equal(scores(0), first)
+    assert not torch.equal(scores(1), first)

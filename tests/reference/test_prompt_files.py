@@ -42,6 +42,26 @@ def test_a_geneval_file_has_its_rows(tmp_path: Path) -> None:
     assert read_source(write(tmp_path, lines, "rows.jsonl")) == expected
 
 
+def test_blank_prompts_are_no_prompts_in_any_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in {
+        "rows.jsonl": '{"prompt": "a cat"}\n{"prompt": "  "}\n{"prompt": ""}\n',
+        "rows.json": '[{"prompt": "a cat"}, {"prompt": "  "}, ""]',
+        "rows.csv": 'id,prompt\n0,a cat\n1,"  "\n2,\n3,\n',
+    }.items():
+        assert read_source(write(tmp_path, text, name)) == [Prompt("a cat")], name
+        assert "2 blank lines are skipped" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="an empty file"):
+        read_source(write(tmp_path, '{"prompt": " "}\n', "none.jsonl"))
+
+
+def test_line_ends_of_all_kinds_and_within_cells(tmp_path: Path) -> None:
+    two = ["a red dog in a park", "a cat"]
+    for end in ("\n", "\r\n", "\r"):
+        assert [p.text for p in read_source(write(tmp_path, end.join(two) + end))] == two
+        table = end.join(["prompt,id", f'"a red dog{end}in a park",0', "a cat,1", ""])
+        assert [p.text for p in read_source(write(tmp_path, table, "table.csv"))] == two
+
+
 def test_the_format_can_be_forced_and_the_rewards_restricted(tmp_path: Path) -> None:
     path = write(tmp_path, 'a "cat"\na "dog"\n')
     assert read_source(f"text:{path}#pickscore, hpsv2") == [

@@ -17,6 +17,7 @@ from reference.config.presets import preset
 from reference.config.settings import Config, RolloutConfig
 from reference.errors import ConfigError
 from reference.interfaces import Prompt, plain_prompts
+from reference.prompts import pool as pool_module
 from reference.prompts.geneval import TASKS
 from reference.prompts.made import write_prompts
 from reference.prompts.pool import Pool, held_out_prompts, prompts_of_epoch, read_prompts, training_pool, world_prompts
@@ -32,9 +33,35 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def test_a_file_has_one_prompt_a_line(tmp_path: Path) -> None:
     path = write(tmp_path, 'a red circle\n  the text "CAT"  \n')
-    assert read_prompts(path) == ["a red circle", 'the text "CAT"']
+    assert read_prompts(path) == plain_prompts(["a red circle", 'the text "CAT"'])
     pool = training_pool(Config(rollout=RolloutConfig(prompts=(str(path),), pool=5)))
-    assert pool.sources == (tuple(plain_prompts(read_prompts(path))),)
+    assert pool.sources == (tuple(read_prompts(path)),)
+
+
+def test_a_file_of_the_world_may_say_its_format_and_rewards(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"prompt": "a red circle"}\nthe text "CAT"\n')
+    for spec, rewards in ((f"text:{path}", None), (f"{path}#objects,jpeg", ("objects", "jpeg"))):
+        (source,) = training_pool(Config(rollout=RolloutConfig(prompts=(spec,)))).sources
+        assert source == (Prompt("a red circle", {}, rewards), Prompt('the text "CAT"', {}, rewards))
+    for spec, message in ((f"ocr:{path}", r"expected \[text:\]path"), (f"{path}#jpg", "Did you mean 'jpeg'")):
+        with pytest.raises(ConfigError, match=message):
+            training_pool(Config(rollout=RolloutConfig(prompts=(spec,))))
+
+
+def test_all_files_that_are_missing_are_named(tmp_path: Path) -> None:
+    missing = tuple(str(tmp_path / name) for name in ("one.txt", "two.txt"))
+    for base in (Config(), preset("sd35m")):
+        with pytest.raises(ConfigError, match=r"(?s)one\.txt.*two\.txt"):
+            training_pool(dataclasses.replace(base, rollout=RolloutConfig(prompts=missing)))
+
+
+def test_more_prompts_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "_KINDS", {"world": ("single",)})  # 36 prompts, of which a fifth is held out
+    counts = [len(world_prompts(n, 0, held_out=h)) for n, h in ((30, False), (6, True))]
+    assert sum(counts) == 36
+    for held_out, name in ((False, r"rollout\.pool"), (True, r"log\.eval_prompts")):
+        with pytest.raises(ConfigError, match=f"{name}: expected at most .*, as many as world has to offer, got 37"):
+            world_prompts(37, 0, held_out=held_out)
 
 
 def test_every_line_that_cannot_be_used_is_named(tmp_path: Path) -> None:
@@ -183,3 +210,10 @@ def test_the_order_depends_on_seed_pass_and_epoch_alone() -> None:
     assert passes_of_epoch(pool, 20, 1, 0) != first[0]
     halves = passes_of_epoch(pool, 10, 0, 0) + passes_of_epoch(pool, 10, 0, 1)
     assert halves == first[0]
+
+
+def test_missing_training_and_held_out_files_are_named_at_once(tmp_path: Path) -> None:
+    rollout = dataclasses.replace(Config().rollout, prompts=(str(tmp_path / "a"),), held_out=(str(tmp_path / "b"),))
+    with pytest.raises(ConfigError) as found:
+        prepare(dataclasses.replace(Config(), rollout=rollout))
+    assert all(str(tmp_path / name) in str(found.value) for name in "ab")

@@ -442,8 +442,13 @@ def test_a_grid_of_a_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_the_plan_counts_without_weights(
-    tiny_sd3: Path, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_sd3: Path,
+    flags: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.syspath_prepend(Path(flags[flags.index("--run") + 1]).parent)
     folder = tmp_path / "pipeline"
     shutil.copytree(tiny_sd3, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     assert main(["train", *flags, "--model.base", str(folder), "--dry-run"]) == 0
@@ -464,9 +469,44 @@ def test_the_plan_counts_without_weights(
     assert "model: model.base: cannot read " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model.resolution", "17"], "model: model.resolution: expected a multiple of 4 up to 48"),
+        (["--model.resolution", "20000"], "model: model.resolution: expected a multiple of 4 up to 48"),
+        (["--rollout.held-out", "TRAIN"], "prompts: rollout.held_out: all 3 held-out prompts are training prompts too"),
+        (["--log.watch", "my_sd3_reward:nothing"], "rewards: rewards: expected the dotted path of a callable, got "),
+        (["--log.watch", "unifiedreward"], "rewards: reward unifiedreward: expected the URL of a server"),
+        (
+            ["--log.watch", "geneval", "--scoring.models", "geneval=facebook/mask2former,/nowhere"],
+            "rewards: scoring.models: geneval: expected a folder or an id on the hub, got /nowhere.",
+        ),
+        (["--log.trackers", "wnb"], "trackers: log.trackers: expected names among "),
+        (["--scoring.device", "cuda:99"], "rewards: scoring.device: "),
+    ],
+)
+def test_the_plan_is_refused_for_what_a_run_would_be(
+    flags: list[str],
+    more: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(Path(flags[flags.index("--run") + 1]).parent)
+    monkeypatch.delenv("MARBLE_UNIFIEDREWARD_URL", raising=False)
+    monkeypatch.setattr(plan_module, "_TRIED_ANYWHERE", 0)  # no time is needed here
+    given = [flags[flags.index("--rollout.prompts") + 1] if flag == "TRAIN" else flag for flag in more]
+    assert main(["train", *flags, *given, "--dry-run"]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith(f"this run cannot start yet:\n{message}")
+    assert err.count("\n") == 2
+    assert f"# missing     {message.partition(':')[0]}: see below" in out
+
+
 def test_the_plan_of_a_large_model_has_no_time_without_a_gpu(
     tiny_sd3: Path, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(Path(flags[flags.index("--run") + 1]).parent)
     monkeypatch.setattr(plan_module, "_TRIED_ANYWHERE", 1000)
     assert main(["train", *flags, "--model.base", str(tiny_sd3), "--device", "cpu", "--dry-run"]) == 0
     assert "# time        not estimated: there is no GPU here\n" in capsys.readouterr().out
@@ -478,6 +518,7 @@ def test_the_plan_says_that_a_model_does_not_fit(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError
 
+    monkeypatch.syspath_prepend(Path(flags[flags.index("--run") + 1]).parent)
     monkeypatch.setattr(plan_module, "_measure", full)
     assert main(["train", *flags, "--model.base", str(tiny_sd3), "--dry-run"]) == 0
     assert "do not fit here; lower optim.micro_batch" in capsys.readouterr().out

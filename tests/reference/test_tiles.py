@@ -1,4 +1,4 @@
-"""Held-out images with their prompts and scores: written by an evaluation, shown in a report."""
+"""Held-out images with their prompts and scores: written by an evaluation, shown in a report; and where that goes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from reference.errors import ConfigError
 from reference.interfaces import Scores
-from reference.run.report import write_report
+from reference.run.report import report_on, write_report
 from reference.run.tiles import read_tiles, save_tiles, tile_cards
 from tests.reference.test_report import evaluation, write_run
 
@@ -122,3 +123,19 @@ def test_a_picture_that_is_none(tmp_path: Path) -> None:
     assert read_tiles(path) is None
     path.unlink()
     assert read_tiles(path) is None
+
+
+def test_a_page_goes_where_it_is_asked_for(tmp_path: Path) -> None:
+    run, other = (write_run(tmp_path / name, evaluation(0, text=(0.5, 0.4, 0.6))) for name in ("one", "two"))
+    assert report_on([run], None) == (run / "report.html", [])
+    html, page = (run / "report.html").read_bytes(), tmp_path / "x" / "ü y" / "z.html"
+    for folders in ([run], [run, run]):  # the same one twice is one
+        assert report_on(folders, page) == (page, [])
+        assert page.read_bytes() == html
+        page.unlink()
+    assert report_on([run, other], page) == (page, [])
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file" / "page.html"):
+        with pytest.raises(ConfigError, match=r"^--out: cannot write"):
+            report_on([run], out)
+    assert not list(tmp_path.rglob("*.tmp"))

@@ -252,7 +252,7 @@ def test_a_resume_without_a_checkpoint_refuses_and_touches_nothing(tmp_path: Pat
     before = contents(run)
     with pytest.raises(ConfigError, match=r"--resume: .* has no checkpoint to go on from; nothing was changed"):
         train(config(run), resume=True)
-    with pytest.raises(ConfigError, match="already holds a run"):
+    with pytest.raises(ConfigError, match=r"already holds the records .* no checkpoint .*Choose another --run"):
         train(config(run))
     assert contents(run) == before
     with pytest.raises(ConfigError, match="no checkpoint to go on from"):
@@ -263,6 +263,14 @@ def test_a_resume_without_a_checkpoint_refuses_and_touches_nothing(tmp_path: Pat
 def test_a_resume_with_damaged_checkpoints_alone_refuses_and_touches_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(config(run, epochs=1))
+    before = contents(run)
+    (run / "config.toml").unlink()
+    rank = dataclasses.replace(preset("tiny").model, lora_rank=4)
+    for other in (config(run), config(run, model=rank)):
+        with pytest.raises(ConfigError, match=r"config\.toml is missing, .*nothing was changed\. Put it back"):
+            train(other, resume=True)
+    assert contents(run) | {"config.toml": b""} == before | {"config.toml": b""}
+    (run / "config.toml").write_bytes(before["config.toml"])
     for path in (run / "checkpoints").glob("*.ckpt"):
         path.write_bytes(path.read_bytes()[:-1])
     before = contents(run)
@@ -271,7 +279,7 @@ def test_a_resume_with_damaged_checkpoints_alone_refuses_and_touches_nothing(tmp
         pytest.raises(ConfigError, match=r"no checkpoint in .* can be used; nothing was changed"),
     ):
         train(config(run), resume=True)
-    assert contents(run) | {"config.toml": b""} == before | {"config.toml": b""}  # which has the new number of epochs
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize("version", [1, 4])
@@ -296,8 +304,10 @@ def test_a_resume_with_other_prompts_in_the_file_is_refused(tmp_path: Path) -> N
     rollout = dataclasses.replace(preset("tiny").rollout, prompts=(str(prompts),))
     train(config(run, epochs=1, rollout=rollout))
     prompts.write_text("a red circle\na blue square\na small yellow triangle\n")
+    before = contents(run)
     with pytest.raises(ConfigError, match=r"--resume: the training prompts are not those .* content of a file"):
         train(config(run, epochs=2, rollout=rollout), resume=True)
+    assert contents(run) == before
     prompts.write_text("a red circle\na blue square\na small green triangle\n")
     train(config(run, epochs=2, rollout=rollout), resume=True)
     assert final_state(run)["step"] == 4
@@ -309,6 +319,17 @@ def test_resuming_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
     before = without_times(run)
     train(config(run, epochs=1), resume=True)
     assert without_times(run) == before
+    (run / "metrics.jsonl").unlink()  # and without its records it is judged again, so that there is a report
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: .* records are lost"):
+        train(config(run, epochs=1), resume=True)
+    assert without_times(run) == before[-1:]
+
+
+def test_a_resume_with_fewer_epochs_than_were_trained_is_refused(unbroken: Path) -> None:
+    before = contents(unbroken)
+    with pytest.raises(ConfigError, match=r"expected epochs to be at least the 3 that .*, got 1; nothing was changed"):
+        train(config(unbroken, epochs=1), resume=True)
+    assert contents(unbroken) == before
 
 
 def reward(change: Callable[[Tensor], Any], calls: int) -> Callable[..., Any]:

@@ -241,3 +241,30 @@ def test_a_reward_that_ends_the_process_is_named_instead() -> None:
 
     with pytest.raises(RewardError, match=r"reward 'own' raised SystemExit: 3 \(test_scorer\.py, line \d+\)"):
         score({"own": ends}, torch.rand(2, 3, 4, 4), plain_prompts(["a", "b"]))
+
+
+def test_a_reward_is_tried_until_it_applies() -> None:
+    """Of the presets' prompts the first ones are plain: neither a text to read nor objects to find."""
+    prompts = [Prompt(f"plain {i}") for i in range(9)]
+    prompts += [Prompt(f"sign {i}", {"ocr": "A"}) for i in range(9)] + [Prompt("dog", {"geneval": {}}, ("geneval",))]
+    seen: dict[str, list[str]] = {"ocr": [], "geneval": [], "seventh": [], "never": []}
+
+    def only(name: str, applies: Callable[[str, Any], bool]) -> Reward:
+        def reward(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Scores:
+            seen[name] += prompts
+            applicable = torch.tensor([applies(*pair) for pair in zip(prompts, metadata, strict=True)])
+            return Scores(torch.zeros(len(prompts)), applicable)
+
+        return reward
+
+    rewards = {
+        "ocr": only("ocr", lambda prompt, m: "ocr" in m),
+        "geneval": only("geneval", lambda prompt, m: "geneval" in m),
+        "seventh": only("seventh", lambda prompt, m: prompt == "plain 7"),
+        "never": only("never", lambda prompt, m: False),
+    }
+    try_rewards(Scorer(rewards, CPU), prompts, (3, 2, 2))
+    assert seen["ocr"] == ["plain 0", "plain 1", "sign 0", "sign 1"]
+    assert seen["geneval"] == ["plain 0", "plain 1", "sign 0", "sign 1", "dog"]
+    assert "plain 7" in seen["seventh"]
+    assert len(seen["never"]) == 18

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from reference.errors import RewardError
+from reference.errors import ConfigError, RewardError, TrainingError, with_the_way_on
 from reference.interfaces import Prompt, Scores, load_callable, plain_prompts, score
 from reference.world import render as render_module
 from reference.world import rewards
@@ -588,6 +589,34 @@ def test_a_path_to_nothing_says_why(path: str, why: str) -> None:
         load_callable(path, "rewards.mine")
     assert repr(path) in str(caught.value)
     assert why in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("import torch\nx = 1 / 0\n", r"ZeroDivisionError: division by zero \(NAME\.py, line 2\)"),
+        ("x = 1\ndef f(images)\n", r"SyntaxError: expected ':' \(NAME\.py, line 2\)"),
+        ("import sys\nsys.exit(3)\n", r"SystemExit: 3 \(NAME\.py, line 2\)"),
+        ("import no_such_package\n", r"ModuleNotFoundError: No module named 'no_such_package' \(NAME\.py, line 1\)"),
+    ],
+)
+def test_a_file_that_cannot_be_run_is_named_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str
+) -> None:
+    name = tmp_path.name  # one that no module has
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^balance: expected the dotted .*: {why.replace('NAME', name)}\.$"):
+        load_callable(f"{name}:f", "balance")
+
+
+def test_images_that_are_not_finite_are_no_reward_s_fault() -> None:
+    images = torch.zeros(3, 3, 8, 8)
+    images[1, 0, 0, 0], images[2, 2, 3, 3] = torch.nan, torch.inf
+    message = r"^the policy's images are not finite, image 5 \('b'\) and 1 more: .* lower optim\.lr"
+    with pytest.raises(TrainingError, match=message) as caught:
+        score({"colour": lambda images, *_: images.mean((1, 2, 3))}, images, plain_prompts("abc"), first=4)
+    assert str(with_the_way_on(caught.value, 7)) == str(caught.value)  # which would be the same again
 
 
 @pytest.mark.parametrize("path", ["", ":", "text", "reference.world.scenes:LETTERS", "reference.world.scenes"])
