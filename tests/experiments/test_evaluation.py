@@ -108,6 +108,20 @@ def test_prompts_rewards_and_steps_of_ones_own(run: Path, tmp_path: Path, capsys
     assert not stale.exists()
 
 
+def test_a_reward_that_draws_random_numbers_says_the_same_every_time(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "drawn_here.py").write_text("import torch\ndef rand(images, *_):\n    return torch.rand(len(images))\n")
+    (tmp_path / "prompts.txt").write_text("a red circle\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = ["--run", str(run), "--prompts", str(tmp_path / "prompts.txt"), "--rewards", "drawn_here:rand"]
+    said = []
+    for _ in range(2):
+        assert main(["evaluate", *flags, "--steps", "1", "--device", "cpu"]) == 0
+        said.append((run / "evaluation" / "prompts.csv").read_text(encoding="utf-8"))
+    assert said[0] == said[1]
+
+
 @pytest.mark.slow
 def test_stable_diffusion_3_with_files_of_several_kinds(
     tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
