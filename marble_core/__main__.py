@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import marble_core
-from marble_core.diagnostics import LOWERED, alignment, null_alignment
+from marble_core._check import LOWERED
+from marble_core.diagnostics import alignment, null_alignment
 from marble_core.gram import gram_matrix, normalize_gram
 from marble_core.harmonize import harmonize
 from marble_core.rules import Evidence, Rule, cone, marble, uniform

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+LOWERED = -1e-6  # cosines between this and 0 may be rounding
 CHUNK = 2**22  # entries of a leaf turned into float64 at a time: 32 MiB
 UNREADABLE = "where values cannot be read (inside torch.func or torch.compile, or of some tensor subclasses)"
 

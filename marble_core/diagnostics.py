@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from marble_core._check import describe, require, require_float, require_gram
-
-LOWERED = -1e-6  # cosines between this and 0 may be rounding
+from marble_core._check import LOWERED, describe, require, require_float, require_gram
 
 
 class Alignment(NamedTuple):

@@ -89,7 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except (RewardError, TrainingError, CheckpointError) as error:
+        from reference.processes.alive import leave_if_one_of_several
+
         print(error, file=sys.stderr)
+        leave_if_one_of_several(1)
         return 1
     except BrokenPipeError:  # whoever read the output, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NamedTuple
 
+import torch
 from torch.distributed import DistError
 
 from reference.errors import PeerError
@@ -40,8 +41,12 @@ def together(peers: Peers) -> Iterator[None]:
         yield
         return
     done, noticed, answered = threading.Event(), threading.Event(), [time.monotonic()]
-    threading.Thread(target=_beat, args=(peers, done, noticed, answered), name="alive", daemon=True).start()
-    threading.Thread(target=_watch, args=(peers, done, answered), name="watch", daemon=True).start()
+    threads = [
+        threading.Thread(target=_beat, args=(peers, done, noticed, answered), name="alive", daemon=True),
+        threading.Thread(target=_watch, args=(peers, done, answered), name="watch", daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
     try:
         yield
         meet(peers)
@@ -56,6 +61,8 @@ def together(peers: Peers) -> Iterator[None]:
         raise
     finally:
         done.set()
+        for thread in threads:  # one that is in the store's C++ when the interpreter ends would abort the process
+            thread.join(_BEAT)
 
 
 def _beat(peers: Peers, done: threading.Event, noticed: threading.Event, answered: list[float]) -> None:
@@ -87,6 +94,15 @@ def _watch(peers: Peers, done: threading.Event, answered: list[float]) -> None:
             answered[0] = awake
         elif awake - answered[0] > _SILENCE + _STUCK:
             _end(peers, "the process that connects the others does not answer; see its output.")
+
+
+def leave_if_one_of_several(status: int) -> None:
+    """End a process of several that has said why: on the usual way out, collectives of which one process is gone may
+    abort in C++, with another status and a line of their own."""
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _end(peers: Peers, why: str) -> None:

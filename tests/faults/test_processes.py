@@ -126,6 +126,7 @@ def test_one_that_is_killed_or_stands_still_ends_the_other_with_a_line(
         if processes[1 - victim].returncode == 0:  # it was done before
             continue
         assert took < 60, said
+        assert processes[1 - victim].returncode == 1, said
         assert_last_line_says_who_is_gone(said)
         assert begun(run), said
         again = start(run, [*FLAGS[how], "--resume"], size=1 + attempt % 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -277,6 +278,17 @@ def test_one_process_that_fails_stops_all_and_everything_is_saved(tmp_path: Path
     assert any(line.startswith(said) for line in lines)
     assert any(line.startswith(f"process 1 stopped: RewardError: {said}") for line in lines)
     assert final_state(tmp_path / "run")["step"] == 2
+
+
+def test_no_thread_is_left_in_the_store_when_a_run_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is, as the interpreter ends, aborts the process."""
+    monkeypatch.setattr(alive, "_BEAT", 0.01)
+    for error in (None, ValueError("no")):
+        with contextlib.suppress(ValueError), together(Peers(store=HashStore())):
+            time.sleep(0.05)
+            if error:
+                raise error
+        assert not {"alive", "watch"} & {thread.name for thread in threading.enumerate()}
 
 
 def threads(size: int, work: Callable[[Peers], None]) -> list[BaseException | None]:
