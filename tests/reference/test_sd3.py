@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -522,6 +525,41 @@ def test_the_plan_says_that_a_model_does_not_fit(
     monkeypatch.setattr(plan_module, "_measure", full)
     assert main(["train", *flags, "--model.base", str(tiny_sd3), "--dry-run"]) == 0
     assert "do not fit here; lower optim.micro_batch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("operation", ["mkdir", "mkstemp", "save_file", "replace"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_full_disk_leaves_a_cache_that_can_be_filled_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, number: int
+) -> None:
+    """One operation fails on the way through three files: it is said, and the next run adds what is missing."""
+    owners: dict[str, Any] = {"mkdir": Path, "mkstemp": tempfile, "save_file": embeddings, "replace": os}
+    owner, calls = owners[operation], list[int]()
+    plain = getattr(owner, operation)
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return plain(*args, **kwargs)
+
+    def fill() -> list[float]:
+        found = embeddings.open_embeddings(tmp_path / "cache")
+        found = embeddings.add_prompts(found, embeddings.missing_prompts(found, list("abcdef")), encode)
+        pooled = embeddings.read_embeddings(found, list("abcdef"), CPU)[1]
+        return [float(x) for x in pooled.flatten()]
+
+    def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        numbers = torch.tensor([float(ord(text)) for text in texts])
+        return numbers[:, None, None].expand(-1, 2, 3), numbers[:, None]
+
+    monkeypatch.setattr(embeddings, "_SHARD", 2)
+    with monkeypatch.context() as disk:
+        disk.setattr(owner, operation, full)
+        with pytest.raises(ConfigError, match=r"model\.cache: cannot write .*No space left.*Choose another"):
+            fill()
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert fill() == [float(ord(text)) for text in "abcdef"]
 
 
 def test_several_runs_fill_one_cache_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
