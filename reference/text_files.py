@@ -62,6 +62,12 @@ def whole(path: Path) -> Iterator[Path]:
         raise
 
 
+def names_missing_folder(source: str) -> bool:
+    """Whether a source is a path, where an id on the hub may stand as well, of a folder that is not there."""
+    path = source.startswith(("/", ".", "~")) or source.count("/") > 1
+    return path and not Path(source).expanduser().is_dir()
+
+
 def make_folder(folder: Path, argument: str = "--folder") -> None:
     """Make a folder for results and try to write there: before the work, as that may take hours.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +56,18 @@ def validate(config: Config) -> None:
     _check_finite(config)
 
 
-def at_least(least: int, **values: float) -> None:
-    """Check flags of a command that are numbers.
+def at_least(least: int, flags: Mapping[str, float]) -> None:
+    """Check flags of a command that are numbers, by name.
 
     Raises:
         ConfigError: the first that is smaller, or not finite.
 
     Example:
-        >>> at_least(1, images=2, save_every=1)
+        >>> at_least(1, {"--images": 2, "--save-every": 1})
     """
-    for name, value in values.items():
+    for name, value in flags.items():
         if not least <= value < math.inf:
-            raise ConfigError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}.")
+            raise ConfigError(f"{name}: expected at least {least}, got {value}.")
 
 
 def _check_finite(group: Any, prefix: str = "") -> None:

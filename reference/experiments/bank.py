@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ class Bank(NamedTuple):
     gains: Tensor
 
 
-def key_of(config: Config, run: Path | None, **asked: Any) -> dict[str, Any]:
+def key_of(config: Config, run: Path | None, asked: Mapping[str, Any]) -> dict[str, Any]:
     """What gradients at a policy depend on, as JSON has it: results with other keys do not belong together.
 
     Args:

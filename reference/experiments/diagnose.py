@@ -90,11 +90,11 @@ def diagnose(config: Config, *, run: Path | None, units: int, held_out: int, ske
         The text of ``diagnose.md``.
     """
     validate(config)
-    at_least(4, units=units)
-    at_least(2 * _BLOCKS, held_out=held_out)
-    at_least(0, sketch=sketch)
+    at_least(4, {"--units": units})
+    at_least(2 * _BLOCKS, {"--held-out": held_out})
+    at_least(0, {"--sketch": sketch})
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    key = json.dumps(key_of(config, run, units=units, held_out=held_out, sketch=sketch))
+    key = json.dumps(key_of(config, run, {"units": units, "held_out": held_out, "sketch": sketch}))
     make_folder(folder)
     saved = _saved(folder / "bank.pt")
     if saved.get("key") != key:

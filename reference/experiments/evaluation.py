@@ -40,7 +40,7 @@ def evaluate_run(asked: Evaluate) -> str:
     Raises:
         ConfigError: the run, its prompts, its rewards or the folder cannot be used; nothing has been sampled.
     """
-    at_least(1, images=asked.images, steps=asked.steps)
+    at_least(1, {"--images": asked.images, "--steps": asked.steps})
     config, state = load_run(asked.run, asked.device, asked.models)
     names = reward_names(config, asked.rewards)
     chosen = prompts_of(config, asked.prompts, names)

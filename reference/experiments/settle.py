@@ -196,15 +196,14 @@ def settle(config: Config, run: Path | None, setting: Setting, batches: int, fol
         ConfigError: a number that cannot be, a folder that cannot be used, or batches in it that were tried with other
             settings or at another policy.
     """
-    at_least(1, batches=batches, images=setting.images)
-    at_least(2, prompts=setting.prompts)
+    at_least(1, {"--batches": batches, "--images": setting.images})
+    at_least(2, {"--prompts": setting.prompts})
     if not setting.sizes or not all(0 <= size < math.inf for size in setting.sizes):
         raise ConfigError(f"--sizes: expected finite numbers from 0 on, got {list(setting.sizes)}.")
     if config.threads:
         torch.set_num_threads(config.threads)
-    key = key_of(
-        config, run, eval_prompts=config.log.eval_prompts, **setting._asdict() | {"sizes": list(setting.sizes)}
-    )
+    asked = {"eval_prompts": config.log.eval_prompts, **setting._asdict(), "sizes": list(setting.sizes)}
+    key = key_of(config, run, asked)
     make_folder(folder)
     paths = [folder / f"batch-{n:04d}.json" for n in range(batches)]
     found = {n: _read(path, key, config) for n, path in enumerate(paths) if path.exists()}

@@ -73,9 +73,10 @@ def worst(gains: Array) -> Array:
                [2., 0.]])
     """
     known = ~np.isnan(gains)
-    n = known.sum(1, keepdims=True)
-    mean = np.where(known, gains, 0.0).sum(1, keepdims=True) / np.where(n > 0, n, np.nan)
-    filled = mean + np.where(known, gains - mean, 0.0) * gains.shape[1] / np.where(n > 0, n, np.nan)
+    n = known.sum(1, keepdims=True, dtype=float)
+    n[n == 0] = np.nan
+    mean = np.where(known, gains, 0.0).sum(1, keepdims=True) / n
+    filled = mean + np.where(known, gains - mean, 0.0) * gains.shape[1] / n
     chosen: Array = np.take_along_axis(filled, mean.argmin(-1, keepdims=True), -1)[..., 0]
     return chosen
 

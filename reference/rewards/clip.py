@@ -17,6 +17,7 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from reference.errors import ConfigError
 from reference.tensor_files import load_tensors
+from reference.text_files import names_missing_folder
 
 BATCH = 32  # images or texts a forward pass
 CLIP_L = "openai/clip-vit-large-patch14"
@@ -244,7 +245,7 @@ def _check_source(reward: str, source: str) -> None:
     Raises:
         ConfigError: the source is a path, and there is nothing.
     """
-    if (source.startswith(("/", ".", "~")) or source.count("/") > 1) and not _is_local(source):
+    if names_missing_folder(source):
         raise ConfigError(_advice(reward, source, "there is no such folder"))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from reference.config.checks import at_least
 from reference.config.flags import Generate
 from reference.config.settings import is_world
 from reference.errors import ConfigError
@@ -29,9 +30,8 @@ def generate_grid(asked: Generate) -> Path:
     Raises:
         ConfigError: the run has no checkpoint, or its model, a flag or a prompt cannot be used; nothing was sampled.
     """
-    for name, value, least in (("--images", asked.images, 1), ("--count", asked.count, 1), ("--steps", asked.steps, 0)):
-        if value < least:
-            raise ConfigError(f"{name}: expected at least {least}, got {value}.")
+    at_least(1, {"--images": asked.images, "--count": asked.count})
+    at_least(0, {"--steps": asked.steps})
     config, state = load_run(asked.run, asked.device)
     out = asked.out or asked.run / "grids" / "generated.png"
     _check_out(out)

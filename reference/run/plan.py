@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from reference.rewards.scorer import scorer_of, sources_of
 from reference.run.inputs import check_held_out
 from reference.run.live import check_trackers, clock
 from reference.step.method import method_of
+from reference.text_files import names_missing_folder
 
 _BYTES = 4  # float32
 _TRIED_ANYWHERE = 10_000_000  # parameters of a model that is timed without a GPU, too
@@ -157,10 +157,8 @@ def _rewards(config: Config, work: _Work) -> dict[str, str]:
     scorer_of(config, [name for name in names if name not in REWARDS or name == "unifiedreward"])
     for name, source in sources_of(config).items():
         parts = source.split(",") if name in names and name != "unifiedreward" else []
-        paths = [part for part in parts if part.startswith(("/", ".", "~")) or part.count("/") > 1]
-        for path in paths:
-            if not Path(path).expanduser().is_dir():
-                raise ConfigError(f"scoring.models: {name}: expected a folder or an id on the hub, got {path}.")
+        for path in filter(names_missing_folder, parts):
+            raise ConfigError(f"scoring.models: {name}: expected a folder or an id on the hub, got {path}.")
     return {}
 
 

@@ -23,7 +23,7 @@ def accuracy(count: int = 1000, seed: int = 1) -> str:
     Raises:
         ConfigError: there are not two scenes of each kind.
     """
-    at_least(2 * len(KINDS), count=count)
+    at_least(2 * len(KINDS), {"--count": count})
     rng = random.Random(seed)
     scenes = [random_scene(rng, KINDS[i % len(KINDS)]) for i in range(count)]
     prompts = [prompt_of(scene) for scene in scenes]

@@ -32,8 +32,8 @@ def pretrain(config: PretrainConfig, folder: Path) -> None:
 
     Data, noise and times depend on the seed and the step alone, so a run that was stopped goes on as if it had not.
     """
-    at_least(1, steps=config.steps, batch=config.batch, save_every=config.save_every)
-    at_least(0, lr=config.lr, warmup=config.warmup, ink_weight=config.ink_weight)
+    at_least(1, {"--steps": config.steps, "--batch": config.batch, "--save-every": config.save_every})
+    at_least(0, {"--lr": config.lr, "--warmup": config.warmup, "--ink-weight": config.ink_weight})
     make_folder(folder)
     torch.manual_seed(config.seed)
     transformer, encoder = new_transformer(), PromptEncoder()

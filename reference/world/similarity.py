@@ -51,8 +51,8 @@ def train_dual_encoder(config: SimilarityConfig, folder: Path) -> None:
     Raises:
         ConfigError: a number that cannot be, or a folder that cannot be written to.
     """
-    at_least(1, steps=config.steps, batch=config.batch)
-    at_least(0, lr=config.lr)
+    at_least(1, {"--steps": config.steps, "--batch": config.batch})
+    at_least(0, {"--lr": config.lr})
     make_folder(folder)
     torch.manual_seed(config.seed)
     model = DualEncoder()

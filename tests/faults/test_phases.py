@@ -144,7 +144,7 @@ SHARED = {
 def test_the_others_end_with_a_line_in_whichever_phase_one_dies(
     tmp_path: Path, name: str, number: str, victim: int
 ) -> None:
-    _ends_with_a_line_and_goes_on(tmp_path / "run", "a shared base", SHARED[name], f"{number} {victim}")
+    _ends_with_a_line_and_goes_on(tmp_path / "run", "a shared base", SHARED[name], number, victim)
 
 
 @pytest.mark.parametrize("victim", [0, 1] if EVERY else [1])
@@ -153,13 +153,12 @@ def test_the_others_end_with_a_line_where_one_dies_between_meeting_and_adding_up
     tmp_path: Path, number: str, victim: int
 ) -> None:
     """Where each has its own base, and nothing but the collective's own time limit ends it."""
-    _ends_with_a_line_and_goes_on(tmp_path / "run", "each its own base", ADDING, f"{number} {victim}")
+    _ends_with_a_line_and_goes_on(tmp_path / "run", "each its own base", ADDING, number, victim)
 
 
-def _ends_with_a_line_and_goes_on(run: Path, how: str, phase: Phase, who: str) -> None:
+def _ends_with_a_line_and_goes_on(run: Path, how: str, phase: Phase, number: str, victim: int) -> None:
     """One of two processes dies; the other says so; the run goes on from there, on one process."""
-    number, victim = who.split()[0], int(who.split()[1])
-    dies = f"{phase.target} {phase.when} {phase.call} {who}"
+    dies = f"{phase.target} {phase.when} {phase.call} {number} {victim}"
     processes = start(run, FLAGS[how], program=DYING + PROGRAM, environment={"DIES": dies})
     (said,) = end([processes[1 - victim]])
     gone = processes[victim].poll()
