@@ -51,14 +51,15 @@ def preset(name: Preset) -> Config:
     """The configuration of a preset.
 
     ``world``: the small world for 20-30 minutes on two cores, with rewards that hardly conflict. ``world-conflict``:
-    the same with rewards of which one pulls against three others. ``demo``: a few minutes. ``tiny``: seconds, for
-    tests. ``sd35m``: Stable Diffusion 3.5 Medium with the paper's constants. ``sd35m-single-gpu``: the same for one
-    card of 80 GB; docs/trainer.md says what it trades.
+    rewards of which one pulls against three others. ``demo``: a few minutes. ``tiny``: seconds, for tests. ``sd35m``:
+    Stable Diffusion 3.5 Medium with the paper's constants. ``sd35m-single-gpu``: the same for one card of 80 GB;
+    docs/trainer.md says what it trades.
     """
     if name in ("sd35m", "sd35m-single-gpu"):
         return _sd35m() if name == "sd35m" else _on_one_card(_sd35m())
     if name == "world":
-        return Config(log=LogConfig(measure_every=10))
+        # with half the pull it comes apart within 200 epochs, at twice the rate sooner: docs/results.md, "200 epochs"
+        return Config(loss=LossConfig(kl_weight=0.4), optim=OptimConfig(lr=2.5e-4), log=LogConfig(measure_every=10))
     if name == "world-conflict":
         rewards = ("text", "colour", "jpeg", "sharpness", "contrast")
         log = LogConfig(watch=("objects", "similarity"), measure_every=10)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from reference.config.settings import Config, SolveConfig
 from reference.errors import ConfigError, did_you_mean
 from reference.experiments.compare import compare, plan_runs
-from reference.experiments.comparison import interval_text, markdown_table
+from reference.experiments.comparison import interval_text, markdown_table, seeds_text
 from reference.experiments.statistics import Estimate
 
 _HERE = "reference.experiments.candidates"
@@ -87,7 +87,7 @@ def ablate(settings: Config, variants: Sequence[str], seeds: int, folder: Path, 
     plans = plan_runs({name: _configured(settings, v) for name, v in chosen.items()}, seeds, folder)
     found = compare(plans, folder, jobs=jobs, tables_only=tables_only)
     table = _table(found.numbers, chosen, settings.rewards)
-    text = f"{len(found.seeds)} seeds, {settings.epochs} epochs.\n\n{table}"
+    text = f"{seeds_text(len(found.seeds))}, {settings.epochs} epochs.\n\n{table}"
     (folder / "ablate.md").write_text(text + "\n", encoding="utf-8")
     return text
 

@@ -132,8 +132,8 @@ def write_tables(plans: Mapping[str, Sequence[Config]], folder: Path) -> Compari
     names, sigma = _names(config), next(iter(runs.values()))[0].std
     gains = {label: np.stack([run.scores[-1] - run.scores[0] for run in found]) for label, found in runs.items()}
     numbers = summarize(runs, gains, config)
-    head = f"{len(common)} seeds, {config.log.eval_prompts} held-out prompts, {config.log.eval_images} images each."
-    head += " One seed: intervals are over prompts alone, and say nothing about other seeds." * (len(common) == 1)
+    seen = f"{config.log.eval_prompts} held-out prompts, {config.log.eval_images} images each"
+    head = f"{seeds_text(len(common))}, {seen}."
     head += f" Seeds {left} are left out: not every rule has finished them." if left else ""
     text = "\n\n".join([head, *(f"{_TITLES[key]}\n\n{table}" for key, table in _tables(numbers, config).items())])
     (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
@@ -218,6 +218,11 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def seeds_text(n: int) -> str:
+    """Say how many seeds a table rests on, and of a single one what its intervals leave out."""
+    return f"{n} seeds" if n != 1 else "1 seed (intervals are over prompts alone, and say nothing about other seeds)"
 
 
 def interval_text(e: Estimate, digits: int = 3) -> str:

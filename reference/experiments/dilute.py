@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from reference.config.settings import Config
 from reference.errors import ConfigError
 from reference.experiments.compare import compare, plan_runs, settings_of_rules
-from reference.experiments.comparison import interval_text, markdown_table
+from reference.experiments.comparison import interval_text, markdown_table, seeds_text
 from reference.experiments.statistics import Estimate
 from reference.run.reading import PALETTE
 
@@ -46,7 +46,7 @@ def dilute(
     found = {
         n: compare(planned, folder / f"1-in-{n}", jobs=jobs, tables_only=False).numbers for n, planned in plans.items()
     }
-    text = f"{seeds} seeds, {settings.epochs} epochs.\n\n{_table(found, rewards)}"
+    text = f"{seeds_text(seeds)}, {settings.epochs} epochs.\n\n{_table(found, rewards)}"
     (folder / "dilute.md").write_text(text + "\n", encoding="utf-8")
     with matplotlib.rc_context({"svg.hashsalt": "marble"}):  # the same file from the same runs
         _figure(found).savefig(folder / "dilute.svg", metadata={"Date": None})

@@ -178,8 +178,7 @@ def test_only_seeds_that_all_have(tmp_path: Path) -> None:
     metrics.write_text(metrics.read_text(encoding="utf-8")[:-40], encoding="utf-8")  # cut while it was written
     assert not finished(plans["uniform"][1])
     text = compare(plans, tmp_path, jobs=1, tables_only=True).text
-    assert text.startswith("1 seeds")
-    assert "One seed: intervals are over prompts alone" in text
+    assert text.startswith("1 seed (intervals are over prompts alone, and say nothing about other seeds), 3 held-out")
     assert "Seeds [1] are left out" in text
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert (summary["seeds"], summary["left_out"]) == ([0], [1])

@@ -219,6 +219,20 @@ def test_the_paper_s_constants() -> None:
     assert (paper.balance, method.every, method.full) == ("marble-paper", 10, True)
 
 
+def test_the_two_presets_of_the_small_world_differ_in_what_the_documentation_says() -> None:
+    mild, conflict = leaves(preset("world")), leaves(preset("world-conflict"))
+    assert {key: (mild[key], conflict[key]) for key in mild if mild[key] != conflict[key]} == {
+        "run": (Path("runs/world"), Path("runs/world-conflict")),
+        "rewards": (
+            ("objects", "text", "similarity", "colour", "jpeg"),
+            ("text", "colour", "jpeg", "sharpness", "contrast"),
+        ),
+        "loss.kl_weight": (0.4, 0.1),
+        "optim.lr": (2.5e-4, 5e-4),
+        "log.watch": (("objects_strict",), ("objects", "similarity")),
+    }
+
+
 def test_what_one_gpu_trades_is_what_the_documentation_says() -> None:
     many, one = leaves(preset("sd35m")), leaves(preset("sd35m-single-gpu"))
     assert {key: (many[key], one[key]) for key in many if many[key] != one[key]} == {
