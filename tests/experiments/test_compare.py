@@ -408,7 +408,7 @@ def test_a_screening_keeps_the_first_rule_and_the_best_others(tmp_path: Path) ->
     assert list(kept) == ["soft-min", "marble"]
     assert kept["marble"] == plans["marble"]  # all seeds, all epochs
     table = (tmp_path / "screening" / "tables.md").read_text(encoding="utf-8")
-    assert "1 seeds" in table
+    assert table.startswith("1 seed (")
     assert list(screened(plans, tmp_path, once._replace(finalists=9), jobs=1, tables_only=True)) == list(plans)
     assert list(screened(plans, tmp_path, once._replace(finalists=1), jobs=1, tables_only=True)) == ["soft-min"]
     for wrong in (Screening(4, 1, 2), Screening(1, 3, 2), Screening(0, 1, 2), Screening(1, 1, 0)):
