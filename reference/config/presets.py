@@ -58,7 +58,7 @@ def preset(name: Preset) -> Config:
     if name in ("sd35m", "sd35m-single-gpu"):
         return _sd35m() if name == "sd35m" else _on_one_card(_sd35m())
     if name == "world":
-        # with half the pull it comes apart within 200 epochs, at twice the rate sooner: docs/results.md, "200 epochs"
+        # with half this pull the weighted sum comes apart within 200 epochs: docs/results.md, "200 epochs"
         return Config(loss=LossConfig(kl_weight=0.4), optim=OptimConfig(lr=2.5e-4), log=LogConfig(measure_every=10))
     if name == "world-conflict":
         rewards = ("text", "colour", "jpeg", "sharpness", "contrast")
