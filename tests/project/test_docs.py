@@ -82,6 +82,21 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page_id(page)} links to {target}"
 
 
+def anchors(page: Path) -> set[str]:
+    """The names that a page's headings get in the built site, and on the pages of a code host."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = [re.sub(r"[^\w\s-]", "", title).strip().lower() for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+    return {re.sub(r"\s", "-", title) for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_to_sections_lead_somewhere(page: Path) -> None:
+    for target, section in re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        there = (page.parent / target) if target else page
+        if there.suffix == ".md" and not section.startswith("marble_core."):  # those come from docstrings
+            assert section in anchors(there), f"{page_id(page)} links to {target}#{section}"
+
+
 def commands(page: Path) -> list[str]:
     """The lines of a page's shell blocks, continued ones joined, without comments."""
     texts = [text.replace("\\\n", " ") for language, text, _ in blocks(page) if language in ("bash", "text")]
