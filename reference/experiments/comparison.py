@@ -33,6 +33,8 @@ class Run(NamedTuple):
         std: ``[K']``, standard deviation over the images of one prompt at the start.
         cosines: mean over refreshes: smallest on the same batch and on the next, and each reward's on the next.
         steps: of the optimiser.
+        push: mean length of the gradient in the first ten of them: rules push differently against the same pull.
+        kl: mean over the last five epochs, the squared distance to the base model; 0 without a pull.
     """
 
     images: Array
@@ -41,6 +43,8 @@ class Run(NamedTuple):
     std: Array
     cosines: Array
     steps: int
+    push: float
+    kl: float
 
 
 def finished(config: Config) -> bool:
@@ -97,6 +101,8 @@ def read_run(config: Config) -> Run:
         np.array([number(evals[0]["within_std"][k]) or np.nan for k in names]),
         np.array([student(column).mean for column in np.array(cosines).reshape(-1, 2 + len(config.rewards)).T]),
         len(kinds["step"]),
+        student(np.array([number(r.get("grad_norm")) for r in kinds["step"][:10]])).mean,
+        student(np.array([number(r.get("kl")) for r in kinds["step"] if r["epoch"] >= config.epochs - 5])).mean,
     )
 
 
@@ -180,6 +186,8 @@ def _totals(found: Sequence[Run]) -> dict[str, float]:
         "images": [run.images[-1] for run in found],
         "steps": [run.steps for run in found],
         "CPU minutes": [run.cpu[-1] / 60 for run in found],
+        "gradient": [run.push for run in found],
+        "kl": [run.kl for run in found],
     }
     return {"seeds": len(found)} | {key: float(np.mean(x)) for key, x in totals.items()}
 
@@ -199,7 +207,8 @@ def _plain(value: Any) -> Any:
 
 
 _TITLES = {
-    "runs": "**Runs**, the mean over seeds.",
+    "runs": "**Runs**, the mean over seeds. Where gradients differ, the same pull to the base (`loss.kl_weight`) holds "
+    "one rule more than another: see how far each has gone, the squared distance `kl`.",
     "gains": "**Held-out gains** from the first to the last evaluation, the same prompts and noise; 95 % intervals "
     "over seeds and prompts, both random. Lowered and raised: the interval is on one side of 0.",
     "standardized": "**Standardized gains**: in standard deviations of the reward over the images of one prompt with "
@@ -247,11 +256,12 @@ def _tables(numbers: dict[str, Any], config: Config) -> dict[str, str]:
 
 
 def _runs_table(runs: Mapping[str, Mapping[str, float]]) -> str:
-    rows = [
-        [label, f"{x['seeds']}", f"{x['images']:,.0f}", f"{x['steps']:.0f}", f"{x['CPU minutes']:.1f}"]
-        for label, x in runs.items()
-    ]
-    return markdown_table(["rule", "seeds", "images", "steps", "CPU minutes without evaluation"], rows)
+    head = ["rule", "seeds", "images", "steps", "CPU minutes without evaluation", "gradient, first ten steps"]
+    rows = []
+    for label, x in runs.items():
+        counts = [f"{x['seeds']}", f"{x['images']:,.0f}", f"{x['steps']:.0f}", f"{x['CPU minutes']:.1f}"]
+        rows.append([label, *counts, *(f"{x[key]:#.2g}" if x[key] > 0 else "-" for key in ("gradient", "kl"))])
+    return markdown_table([*head, "`kl`, last five epochs"], rows)
 
 
 def _gains_table(numbers: dict[str, Any], config: Config) -> str:

@@ -13,7 +13,7 @@ def records(config: Config, gains: tuple[float, float, float], cpu: float, promp
     found: list[dict[str, Any]] = []
     for epoch in range(3):
         if epoch:
-            found.append({"kind": "step", "epoch": epoch - 1})
+            found.append({"kind": "step", "epoch": epoch - 1, "grad_norm": 0.5 * epoch, "kl": 0.01 * (epoch - 1)})
             fresh = {"text": -0.1, "jpeg": 0.3} if epoch > 1 else None
             refresh = {"min_cosine": 0.5, "next_min_cosine": -0.1, "next_cosines": fresh}
             found.append({"kind": "refresh", "epoch": epoch - 1, **refresh})

@@ -145,7 +145,7 @@ def test_tables_of_made_up_runs(tmp_path: Path) -> None:
     assert gains["jpeg"][2] == "-0.020 [-0.020, -0.020] **lowered**"
     assert gains["objects (not trained)"][1] == "+0.300 [+0.300, +0.300] raised"
     soft_min, uniform = rows(text, "| soft-min |"), rows(text, "| uniform |")
-    assert soft_min[0] == ["soft-min", "2", "20", "2", "2.0"]
+    assert soft_min[0] == ["soft-min", "2", "20", "2", "2.0", "0.75", "0.0050"]
     assert soft_min[1] == ["soft-min", "+0.50", "+0.60", "+0.50 [+0.50, +0.50]", "0 of 2"]
     assert uniform[1] == ["uniform", "+1.00", "-0.20", "-0.20 [-0.20, -0.20]", "2 of 2"]
     assert rows(text, "| soft-min - uniform |") == [["soft-min - uniform", "+0.70 [+0.70, +0.70]", "larger"]]
@@ -153,6 +153,21 @@ def test_tables_of_made_up_runs(tmp_path: Path) -> None:
     assert "Budget: 1.0 CPU minutes." in text
     assert soft_min[2] == ["soft-min", "+0.25 [+0.25, +0.25]", "+0.30 [+0.30, +0.30]", "+0.25 [+0.25, +0.25]"]
     assert soft_min[3][1:] == ["+0.500 [+0.500, +0.500]", *["-0.100 [-0.100, -0.100]"] * 2, "+0.300 [+0.300, +0.300]"]
+
+
+def test_push_and_distance_are_of_the_first_steps_and_the_last_epochs(tmp_path: Path) -> None:
+    """Of steps without a record of them, and of runs without a pull, there is a dash."""
+    plans = plan_runs(settings_of_rules(dataclasses.replace(SETTINGS, epochs=8), ("soft-min", "uniform")), 1, tmp_path)
+    for label, pull in (("soft-min", 1.0), ("uniform", 0.0)):
+        lines = [r for r in records(plans[label][0], (0.2, 0.1, 0.3), cpu=60.0) if r["kind"] != "step"]
+        lines[-1]["epoch"] = 8
+        for i in range(16):
+            step = {"epoch": i // 2, "grad_norm": float(i) if i < 10 else 99.0, "kl": pull * (i // 2)}
+            lines.append({"kind": "step", **(step if label == "soft-min" or i < 2 else {"epoch": i // 2})})
+        write(plans[label][0], lines)
+    text = compare(plans, tmp_path, jobs=1, tables_only=True).text
+    assert rows(text, "| soft-min |")[0][-2:] == ["4.5", "5.0"]
+    assert rows(text, "| uniform |")[0][-2:] == ["0.50", "-"]
 
 
 @pytest.mark.slow
@@ -418,7 +433,7 @@ def test_a_screening_keeps_the_first_rule_and_the_best_others(tmp_path: Path) ->
 
 def test_gains_at_a_budget_between_evaluations() -> None:
     scores: Array = np.array([[[1.0]], [[2.0]], [[4.0]]])
-    run = comparison.Run(np.arange(3.0), np.array([0.0, 10.0, 20.0]), scores, np.ones(1), np.zeros(4), 2)
+    run = comparison.Run(np.arange(3.0), np.array([0.0, 10.0, 20.0]), scores, np.ones(1), np.zeros(4), 2, 1.0, 0.0)
     assert [float(comparison._at(run, cpu)[0, 0]) for cpu in (5.0, 10.0, 15.0, 20.0, 99.0)] == [0.5, 1.0, 2.0, 3.0, 3.0]
 
 
