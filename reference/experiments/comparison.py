@@ -33,7 +33,7 @@ class Run(NamedTuple):
         std: ``[K']``, standard deviation over the images of one prompt at the start.
         cosines: mean over refreshes: smallest on the same batch and on the next, and each reward's on the next.
         steps: of the optimiser.
-        push: mean length of the gradient in the first ten of them: rules push differently against the same pull.
+        gradient: mean length of the applied one in the first ten steps: rules push differently against the same pull.
         kl: mean over the last five epochs, the squared distance to the base model; 0 without a pull.
     """
 
@@ -43,7 +43,7 @@ class Run(NamedTuple):
     std: Array
     cosines: Array
     steps: int
-    push: float
+    gradient: float
     kl: float
 
 
@@ -186,7 +186,7 @@ def _totals(found: Sequence[Run]) -> dict[str, float]:
         "images": [run.images[-1] for run in found],
         "steps": [run.steps for run in found],
         "CPU minutes": [run.cpu[-1] / 60 for run in found],
-        "gradient": [run.push for run in found],
+        "gradient": [run.gradient for run in found],
         "kl": [run.kl for run in found],
     }
     return {"seeds": len(found)} | {key: float(np.mean(x)) for key, x in totals.items()}
