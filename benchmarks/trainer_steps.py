@@ -138,7 +138,7 @@ def one_step(policy: Policy, rows: Rows, kind: Kind, setup: Setup) -> Callable[[
                 gradient = transcription(policy, rows, LOSS, setup.batch)
         else:
             refresh = kind.every > 0 and i % kind.every == 0
-            step = Step(refresh, nothing, nothing, None, setup.batch, whole)
+            step = Step(refresh, nothing, rows.A, rows.A_sum, None, setup.batch, whole)
             patch = mock.patch.object(gradients, "shared_cotangent_rows", separate or shared_cotangent_rows)
             with patch:  # K passes in place of the shared one
                 result = step_gradient(policy, rows, balance, kind.rule, LOSS, step)

@@ -59,7 +59,7 @@ from marble_core.noise import (
     update_moments,
 )
 from marble_core.noise_aware import NoiseAware, SignalGram, noise_aware_weights, shrink_gram, signal_gram
-from marble_core.prior import lag_weights, shrink_to_prior, soft_min_weights
+from marble_core.prior import lag_weights, restore_spread, shrink_to_prior, soft_min_weights
 from marble_core.shared_cotangent import SharedRows, shared_cotangent_rows
 from marble_core.simplex import min_norm_gap, min_norm_weights, project_simplex
 
@@ -121,6 +121,7 @@ __all__ = [
     "psd_part",
     "refresh_due",
     "rescale",
+    "restore_spread",
     "shared_cotangent_rows",
     "shrink_gram",
     "shrink_to_prior",

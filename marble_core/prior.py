@@ -1,11 +1,11 @@
-"""Where a solver has no say: weights from measured gains, and the way back to a prior where there is no signal."""
+"""Where a solver has no say: weights from measured gains, their scale, and the way back to a prior without signal."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from marble_core._check import describe, require, require_float, require_prior, require_range
+from marble_core._check import describe, require, require_float, require_prior, require_range, require_vector
 
 
 def soft_min_weights(gain: Tensor, prior: Tensor, strength: float, *, keep: float = 0.0) -> Tensor:
@@ -94,6 +94,43 @@ def lag_weights(gain: Tensor, prior: Tensor, ahead: float) -> Tensor:
     gap = torch.where(known & (g > last), (g - last) / ahead, 0.0)
     w = p * (1.0 - gap).clamp(min=0)
     return (w / w.sum(-1, keepdim=True)).to(gain.dtype)
+
+
+def restore_spread(weights: Tensor, A: Tensor) -> Tensor:
+    """Scale weights so that the advantage they combine is as spread out as its parts are.
+
+    A mean of K advantages varies less than each: what is independent in them averages out, and what is opposed cancels.
+    The gradient shrinks as much, so that anything beside it, such as a pull to a base model, grows in proportion.
+    With ``s(x) = sqrt(mean_n x_n^2)`` the result is ``c = weights sum_k |weights_k| s(A_k) / s(A weights)``: weights
+    that sum to 1 make an advantage with ``s(A c)`` equal to the weighted mean of the ``s(A_k)``. One reward, or K
+    copies of it, stays as it is; advantages of unit variance give one of unit variance. The factor lies between 1 and
+    K, where it is cut: what is left of rewards that cancel each other is not blown up without bound.
+
+    Args:
+        weights: ``[K]``.
+        A: ``[N, K]``, advantages of the images of a batch, centred.
+
+    Returns:
+        ``[K]``, coefficients of the advantages, in proportion to ``weights`` and in their dtype. ``weights``
+        themselves where all advantages are 0.
+
+    Raises:
+        ValueError: ``A`` is not ``[N, K]`` or ``weights`` not ``[K]``.
+
+    Example:
+        >>> restore_spread(torch.tensor([0.5, 0.5]), torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]))
+        tensor([0.7071, 0.7071])
+
+    Reference: the last step of GDPO (Liu et al., arXiv 2601.05242, eq. 6), which divides by ``s(A weights)``: the same
+    for advantages of unit variance and weights that sum to 1.
+    """
+    require_float("A", A, "[N, K]", (2,))
+    require_vector("weights", weights, A.shape[1], "K")
+    w, a = weights.detach().double(), A.detach().double()
+    parts = w.abs() @ a.square().mean(0).sqrt()
+    combined = (a @ w).square().mean().sqrt()
+    factor = parts / torch.maximum(combined, parts / A.shape[1])
+    return torch.where(parts > 0, w * factor, w).to(weights.dtype)
 
 
 def shrink_to_prior(weights: Tensor, prior: Tensor, signal: Tensor, standard_error: Tensor) -> Tensor:

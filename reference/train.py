@@ -30,7 +30,7 @@ from reference.step.batch import Weighed, advantages, images_of_steps, step_rows
 from reference.step.chance import generator, seed_everything
 from reference.step.estimate import Tree
 from reference.step.gradients import Rows
-from reference.step.method import by_raw_sum, raw_sum_weights, refreshes_at
+from reference.step.method import refreshes_at
 from reference.step.rollout import Rollout, sample_epoch, sampling_of
 
 _STOPPED = "stopped after step {}; go on with --resume"
@@ -113,7 +113,6 @@ def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None)
             raise TrainingError(_NOTHING_APPLIES)
         gains = gains_since_start(so_far)
         weighed = Weighed(rollout, *advantages(rollout.scores, config), state.epoch)
-        raw_sum = raw_sum_weights(weighed.A, weighed.A_sum) if run.method.weigh is by_raw_sum else None
         parts = images_of_steps(len(rollout.prompts), config, state.epoch)
         if rng is not None:
             checkpoint.set_rng_state(rng)
@@ -124,7 +123,7 @@ def _epoch(run: Run, state: State, stop: list[bool], rng: dict[str, Any] | None)
             whole = whole_step(parts[state.part], config, run.peers)
             refresh = refreshes_at(run.method, state.step)
             micro_batch, verify = config.optim.micro_batch, not state.verified
-            step = Step(refresh, gains, raw_sum, state.previous, micro_batch, whole, verify)
+            step = Step(refresh, gains, weighed.A, weighed.A_sum, state.previous, micro_batch, whole, verify)
             state = _step(run, state, rows, step)
             if state.skipped >= _MAX_SKIPPED:
                 state = state._replace(skipped=0)

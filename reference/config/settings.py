@@ -9,6 +9,7 @@ from typing import Literal
 Preset = Literal["world", "world-conflict", "demo", "tiny", "sd35m", "sd35m-single-gpu"]
 # The switches that each named rule takes; rules of the user's own take those of OWN_RULE.
 BUILT_IN_RULES: dict[str, tuple[str, ...]] = {
+    "soft-gdpo": ("strength", "keep", "prior"),
     "soft-min": ("strength", "keep", "prior"),
     "marble": ("refresh_every", "rho", "guard"),
     "marble-paper": ("refresh_every", "rho"),
@@ -17,6 +18,7 @@ BUILT_IN_RULES: dict[str, tuple[str, ...]] = {
     "cone": ("refresh_every", "decay", "prior"),
     "weighted-sum": (),
     "uniform": (),
+    "gdpo": (),
 }
 OWN_RULE = ("refresh_every", "rho", "decay")
 REWARDS: tuple[str, ...] = (

@@ -18,7 +18,7 @@ from reference.step.estimate import Estimate, Tree, init_estimate, observe
 from reference.step.gradients import Asked, Rows, Whole, all_rows, one_gradient
 from reference.step.halves import Joined, halves, joined
 from reference.step.measurement import refresh_record
-from reference.step.method import Method, by_mean, by_raw_sum
+from reference.step.method import Method, by_signals
 
 
 class Balance(NamedTuple):
@@ -34,8 +34,8 @@ class Step(NamedTuple):
     Attributes:
         refresh: measure all K gradients, and let the rule see them.
         gains: ``[K]``, of the rewards since the start; NaN where not known.
-        raw_sum: ``[K]``, with which coefficients the sum of the raw rewards adds the rewards' own advantages; None for
-            rules that do not follow it.
+        A: ``[N, K]``, advantages of all images of the epoch.
+        A_sum: ``[N]``, those of the weighted sum of the raw rewards.
         previous: the gradient of the step before, whose cosines with this batch are measured.
         micro_batch: rows at a time.
         whole: the step over all processes.
@@ -44,7 +44,8 @@ class Step(NamedTuple):
 
     refresh: bool
     gains: Tensor
-    raw_sum: Tensor | None
+    A: Tensor
+    A_sum: Tensor
     previous: Tree | None
     micro_batch: int
     whole: Whole
@@ -91,11 +92,10 @@ def step_gradient(
         PeerError: another process has failed.
         TrainingError: a rule of the user's own is at fault.
     """
-    if step.refresh and method.weigh not in (by_mean, by_raw_sum):
+    if step.refresh and (method.solves or method.weigh is by_signals):
         return _combined(policy, rows, balance, method, loss, step)
     state, c = method.rule.update(balance.rule, Evidence(gains=step.gains))
-    if method.weigh is by_raw_sum and step.raw_sum is not None:
-        c = step.raw_sum
+    c = method.fit(c, step.A, step.A_sum)
     balance = balance._replace(rule=state)
 
     def weigh(A: Tensor, A_sum: Tensor) -> Tensor:
@@ -114,6 +114,7 @@ def _combined(policy: Policy, rows: Rows, balance: Balance, method: Method, loss
     shared = found.shared if method.full else None
     estimate, measured, evidence = observe(balance.estimate, found.a, found.b, shared, method.memory)
     state, c = method.rule.update(balance.rule, evidence._replace(gains=step.gains))
+    c = method.fit(c, step.A, step.A_sum)
     h = {name: (found.a[name] + x) / 2 for name, x in found.b.items()}
     scale = float(c.sum()) if method.full else 1.0
     direction = combine_rows(h, c)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from marble_core import interpolation
+from marble_core import interpolation, restore_spread
 from marble_core.rules import (
     Evidence,
     Rule,
@@ -28,6 +28,8 @@ from reference.interfaces import load_callable, place_of
 
 # From advantages [B, K], those of the raw sum [B], coefficients [K] and a_max to the weight of each row's reward part.
 Weighing = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+# From a rule's coefficients [K], the advantages [N, K] of an epoch and those of the raw sum [N] to those applied.
+Fitting = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def by_signals(A: Tensor, A_sum: Tensor, c: Tensor, a_max: float) -> Tensor:
@@ -50,11 +52,21 @@ def by_raw_sum(A: Tensor, A_sum: Tensor, c: Tensor, a_max: float) -> Tensor:
     return interpolation(A_sum, a_max=a_max) - 0.5
 
 
-def raw_sum_weights(A: Tensor, A_sum: Tensor) -> Tensor:
-    """Coefficients ``[K]`` with which the raw sum adds the rewards' own advantages: ``A_sum = A c``, exactly so with
-    one standard deviation for all prompts."""
+def as_given(c: Tensor, A: Tensor, A_sum: Tensor) -> Tensor:
+    """What the rule says."""
+    return c
+
+
+def to_raw_sum(c: Tensor, A: Tensor, A_sum: Tensor) -> Tensor:
+    """Coefficients with which the raw sum adds the rewards' own advantages: ``A_sum = A c``, exactly so with one
+    standard deviation for all prompts."""
     found: Tensor = torch.linalg.lstsq(A.double(), A_sum.double().unsqueeze(1), driver="gelsd").solution.squeeze(1)
     return found
+
+
+def to_spread(c: Tensor, A: Tensor, A_sum: Tensor) -> Tensor:
+    """The combined advantage varies as much as its parts, as GDPO's last step has it."""
+    return restore_spread(c, A)
 
 
 class Method(NamedTuple):
@@ -67,6 +79,7 @@ class Method(NamedTuple):
         weigh: how coefficients weigh the rows of a step on which nothing is measured.
         memory: decay of the moments whose Gram matrices the rule is shown; None to show it the batch's.
         full: gradients of the whole loss are balanced, as in the paper; if not, those of its reward part.
+        fit: of the coefficients to the advantages of an epoch.
     """
 
     rule: Rule
@@ -75,6 +88,7 @@ class Method(NamedTuple):
     weigh: Weighing = by_signals
     memory: float | None = None
     full: bool = False
+    fit: Fitting = as_given
 
 
 def refreshes_at(method: Method, step: int) -> bool:
@@ -97,12 +111,16 @@ def method_of(config: Config) -> Method:
     rho, guard = _or(s.rho, 0.7), _or(s.guard, 0.5)
     match config.balance:
         case "weighted-sum":
-            return Method(uniform(K), measure, solves=False, weigh=by_raw_sum)
+            return Method(uniform(K), measure, solves=False, weigh=by_raw_sum, fit=to_raw_sum)
         case "uniform":
             return Method(uniform(K), measure, solves=False, weigh=by_mean)
-        case "soft-min":
+        case "gdpo":
+            return Method(uniform(K), measure, solves=False, weigh=by_advantages, fit=to_spread)
+        case "soft-min" | "soft-gdpo":
             tilted = soft_min(K, strength=_or(s.strength, 4.0), keep=_or(s.keep, 0.5), prior=prior)
-            return Method(tilted, measure, solves=False)
+            if config.balance == "soft-min":
+                return Method(tilted, measure, solves=False)
+            return Method(tilted, measure, solves=False, weigh=by_advantages, fit=to_spread)
         case "marble":
             return Method(marble(K, rho=rho, guard=guard), _or(s.refresh_every, 10))
         case "marble-paper":

@@ -60,7 +60,7 @@ def test_the_transcription_gives_the_gradient_of_a_weighted_sum_step(micro_batch
     weighted = next(kind for kind in kinds() if kind.name == "weighted-sum")
     assert weighted.rule is not None
     balance, nothing = init_balance(3, weighted.rule, parameters(policy)), torch.full((3,), torch.nan)
-    step = Step(False, nothing, nothing, None, micro_batch, Whole(ALONE, 2, 4))
+    step = Step(False, nothing, rows.A, rows.A_sum, None, micro_batch, Whole(ALONE, 2, 4))
     loss = dataclasses.replace(LOSS, kl_weight=0.1)
     ours = step_gradient(policy, rows, balance, weighted.rule, loss, step).gradient
     theirs = transcription(policy, rows, loss, micro_batch)

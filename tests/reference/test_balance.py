@@ -33,7 +33,7 @@ from reference.step.balance import Balance, Step, StepResult, init_balance, is_f
 from reference.step.estimate import Tree
 from reference.step.filling import filled_up
 from reference.step.gradients import PER_ROW, Rows, Whole, micro_batches
-from reference.step.method import Method, by_raw_sum, method_of, raw_sum_weights
+from reference.step.method import Method, by_raw_sum, method_of
 from tests.conftest import tiny_transformer
 
 K, B = 3, 7
@@ -104,13 +104,13 @@ def take(
     previous: Tree | None = None,
     gains: Tensor | None = None,
     whole: Whole | None = None,
-    raw_sum: Tensor | None = None,
+    epoch: Rows | None = None,
 ) -> StepResult:
     unknown = torch.full((K,), torch.nan, dtype=torch.float64)
     balance = balance or init_balance(K, method, parameters(policy))
     whole = whole or Whole(ALONE, int((rows.half == 0).sum()), len(rows.half))
-    raw_sum = raw_sum_weights(rows.A, rows.A_sum) if raw_sum is None else raw_sum
-    step = Step(refresh, unknown if gains is None else gains, raw_sum, previous, micro_batch, whole)
+    gains, epoch = unknown if gains is None else gains, epoch or rows
+    step = Step(refresh, gains, epoch.A, epoch.A_sum, previous, micro_batch, whole)
     return step_gradient(policy, rows, balance, method, loss, step)
 
 
@@ -371,7 +371,7 @@ def test_shares_of_the_rows_that_are_added_up_make_the_same_step(
 ) -> None:
     """What each of three processes, one of them without rows, gives to the all-reduce is added up and given back."""
     loss, r = dataclasses.replace(LOSS, kl_weight=0.3), rule(name)
-    balance, raw_sum = init_balance(K, r, parameters(policy)), raw_sum_weights(rows.A, rows.A_sum)
+    balance = init_balance(K, r, parameters(policy))
     alone = take(policy, rows, r, balance=balance, loss=loss, refresh=refresh)
     whole = Whole(Peers(0, 3), int((rows.half == 0).sum()), B)
     given: list[object] = []
@@ -388,11 +388,11 @@ def test_shares_of_the_rows_that_are_added_up_make_the_same_step(
     for index in ([0, B - 1], [], list(range(1, B - 1))):
         own = rows._replace(**{field: getattr(rows, field)[index] for field in PER_ROW})
         with pytest.raises(Given):
-            take(policy, own, r, balance=balance, loss=loss, refresh=refresh, whole=whole, raw_sum=raw_sum)
+            take(policy, own, r, balance=balance, loss=loss, refresh=refresh, whole=whole, epoch=rows)
     total = pytree.tree_map(lambda *xs: torch.stack(xs).sum(0), *given)
     for module in (balance_module, rows_module):
         monkeypatch.setattr(module, "all_reduce", lambda tree, peers: total)
-    result = take(policy, own, r, balance=balance, loss=loss, refresh=refresh, whole=whole, raw_sum=raw_sum)
+    result = take(policy, own, r, balance=balance, loss=loss, refresh=refresh, whole=whole, epoch=rows)
     assert_trees(result.gradient, alone.gradient, 1e-9)
     assert result.metrics == pytest.approx(alone.metrics, rel=1e-9, nan_ok=True)
     for x, y in zip(pytree.tree_leaves(result.balance), pytree.tree_leaves(alone.balance), strict=True):

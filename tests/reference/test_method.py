@@ -7,7 +7,7 @@ import torch
 
 from marble_core.rules import Evidence, Rule, catch_up, cone, marble, marble_paper, noise_aware, soft_min, uniform
 from reference.config.settings import Config
-from reference.step.method import method_of, raw_sum_weights, refreshes_at
+from reference.step.method import method_of, refreshes_at, to_raw_sum
 
 K = 4
 RULES: dict[str, Rule] = {
@@ -49,4 +49,4 @@ def test_refreshes() -> None:
 def test_the_raw_sum_in_the_rewards_own_advantages() -> None:
     A = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     c = torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
-    torch.testing.assert_close(raw_sum_weights(A, (A.double() @ c).float()), c, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(to_raw_sum(c, A, (A.double() @ c).float()), c, rtol=1e-5, atol=1e-6)
