@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marble_core import lag_weights, shrink_to_prior, soft_min_weights
+from marble_core import lag_weights, restore_spread, shrink_to_prior, soft_min_weights
 
 FLOATS = st.floats(-1e6, 1e6)
 K = 4
@@ -118,6 +118,49 @@ def test_lag_weights_are_in_proportion_to_the_gradient_of_squared_gaps(
     (downhill,) = torch.autograd.grad(0.5 * (prior * (level - J).clamp(min=0).square()).sum(), J)
     gap = torch.where(prior > 0, downhill, 0.0)
     torch.testing.assert_close(lag_weights(gain, prior, ahead), gap / gap.sum(), rtol=1e-9, atol=1e-12)
+
+
+def spread(x: torch.Tensor) -> torch.Tensor:
+    return x.square().mean(0).sqrt()
+
+
+@st.composite
+def advantages(draw: st.DrawFn) -> torch.Tensor:
+    """``[N, K]``: independent columns, copies of a few, or columns that cancel but for a rest; of any sizes, some 0."""
+    N, sources = draw(st.integers(1, 12)), draw(st.integers(1, K))
+    x = torch.randn(N, sources, generator=torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))).double()
+    mixing = torch.stack([draw(vectors(st.sampled_from([-1.0, 0.0, 1e-9, 1.0]))) for _ in range(sources)])
+    sizes = draw(vectors(st.sampled_from([0.0, 1e-6, 1.0, 1e6])))
+    return x @ mixing * sizes
+
+
+@given(vectors(st.sampled_from([0.0, 0.1, 1.0, 7.0])), advantages(), st.permutations(range(K)), st.floats(1e-6, 1e6))
+def test_the_combined_advantage_is_as_spread_out_as_its_parts(
+    weights: torch.Tensor, A: torch.Tensor, order: list[int], size: float
+) -> None:
+    """Unless they cancel: then K times what is left. The order, and the scale of weights and advantages, do not matter."""
+    c = restore_spread(weights, A)
+    parts, left = float(weights @ spread(A)), float(spread(A @ weights))
+    if left > parts / K:
+        torch.testing.assert_close(float(spread(A @ c)), parts, rtol=1e-9, atol=1e-12)
+    else:
+        torch.testing.assert_close(c, K * weights if parts > 0 else weights, rtol=1e-9, atol=0)
+    assert bool((c >= weights * (1 - 1e-9)).all())
+    assert bool((c <= K * weights * (1 + 1e-9)).all())
+    for other in (restore_spread(size * weights, A) / size, restore_spread(weights, size * A)):
+        torch.testing.assert_close(other, c, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(restore_spread(weights[order], A[:, order]), c[order], rtol=1e-9, atol=1e-12)
+
+
+@given(vectors(st.sampled_from([0.0, 0.1, 1.0, 7.0])), st.integers(0, 2**32 - 1))
+def test_uncorrelated_advantages_of_unit_variance_are_combined_to_unit_variance(w: torch.Tensor, seed: int) -> None:
+    """As GDPO's last step does it, for weights that sum to 1; the factor is that of the weights' own length."""
+    x = torch.randn(12, K, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    A = torch.linalg.qr(x).Q * math.sqrt(12)
+    c = restore_spread(w, A)
+    torch.testing.assert_close(c * w.norm(), w * w.sum(), rtol=1e-9, atol=1e-12)
+    if float(w.sum()) > 0:
+        torch.testing.assert_close(spread(A @ c / w.sum()), torch.ones(()).double(), rtol=1e-9, atol=0)
 
 
 @given(vectors(st.floats(0, 10)), vectors(st.floats(0, 10)), vectors(st.floats(-10, 10)), vectors(st.floats(1e-3, 10)))

@@ -190,6 +190,9 @@ CASES: dict[str, Case] = {
         lambda d, s: (rand(3, dtype=d, seed=s), unit(3, dtype=d, seed=s)),
         dtypes=HALF,
     ),
+    "restore_spread": Case(
+        mc.restore_spread, lambda d, s: (unit(3, dtype=d, seed=s), rand(6, 3, dtype=d, seed=s)), dtypes=HALF
+    ),
     "shrink_to_prior": Case(
         mc.shrink_to_prior,
         lambda d, s: (

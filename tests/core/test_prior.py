@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from marble_core import lag_weights, shrink_to_prior, soft_min_weights
+from marble_core import lag_weights, restore_spread, shrink_to_prior, soft_min_weights
 
 UNIFORM = torch.full((3,), 1 / 3, dtype=torch.float64)
 
@@ -99,6 +99,34 @@ def test_lag_weights_by_hand() -> None:
     assert lag_weights(torch.tensor([-math.inf, 0.0, math.inf]), torch.ones(3), 1.0).tolist() == [1.0, 0.0, 0.0]
 
 
+def test_restoring_the_spread_by_hand() -> None:
+    """Columns with spreads 3 and 4 that share nothing: their sum has spread 5, in halves 2.5 instead of 3.5."""
+    A = torch.tensor([[3.0, 4.0], [3.0, -4.0], [-3.0, 4.0], [-3.0, -4.0]], dtype=torch.float64)
+    half = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(restore_spread(half, A), half * 1.4)
+    torch.testing.assert_close(restore_spread(10 * half, A), half * 14)
+    skewed = torch.tensor([1.0, -2.0], dtype=torch.float64)  # parts 3 + 8, together sqrt(9 + 64)
+    torch.testing.assert_close(restore_spread(skewed, A), skewed * 11 / math.sqrt(73))
+
+
+def test_one_reward_and_copies_of_it_are_left_as_they_are() -> None:
+    a = torch.tensor([[0.5], [-1.5], [1.0]], dtype=torch.float64)
+    for w in ([1.0], [0.25, 0.75], [0.2, 0.3, 0.5]):
+        weights = torch.tensor(w, dtype=torch.float64)
+        torch.testing.assert_close(restore_spread(weights, a.expand(3, len(w))), weights)
+
+
+def test_what_is_left_of_rewards_that_cancel_is_at_most_k_times_as_large() -> None:
+    a = torch.tensor([1.0, -1.0, 2.0, -2.0], dtype=torch.float64)
+    half = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    for opposed in (-a, -0.999 * a):
+        assert restore_spread(half, torch.stack([a, opposed], 1)).tolist() == [1.0, 1.0]
+    assert restore_spread(half, torch.zeros(4, 2).double()).tolist() == [0.5, 0.5]
+    assert restore_spread(0 * half, torch.stack([a, -a], 1)).tolist() == [0.0, 0.0]
+    tiny = 1e-30 * torch.stack([a, a.roll(1)], 1)
+    torch.testing.assert_close(restore_spread(half, tiny), restore_spread(half, 1e30 * tiny))
+
+
 def test_shrinking_by_hand() -> None:
     w, prior = torch.tensor([0.8, 0.2, 0.0]).double(), torch.tensor([1.0, 1.0, 2.0]).double()
     signal, error = torch.tensor([2.0, 1.0, -5.0]).double(), torch.ones(3).double()
@@ -131,3 +159,7 @@ def test_bad_input_is_named() -> None:
         shrink_to_prior(two, two, three, two)
     with pytest.raises(ValueError, match="prior"):
         shrink_to_prior(two, -two, two, two)
+    with pytest.raises(ValueError, match=r"weights: expected a floating-point tensor of shape \[K\] = \[3\]"):
+        restore_spread(two, torch.ones(4, 3))
+    with pytest.raises(ValueError, match="A: expected"):
+        restore_spread(two, two)

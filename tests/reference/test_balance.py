@@ -298,6 +298,19 @@ def test_soft_min_is_a_weighted_mean_of_signals(policy: Policy, rows: Rows, refr
     torch.testing.assert_close(found.coefficients, w)
 
 
+@pytest.mark.parametrize("refresh", [True, False])
+def test_gdpo_makes_one_advantage_with_the_spread_of_its_parts(policy: Policy, rows: Rows, refresh: bool) -> None:
+    """Spreads are those of the epoch, not of the step; soft-gdpo differs in its weights alone."""
+    gains, epoch = torch.tensor([0.2, 0.0, 0.5], dtype=torch.float64), some_rows(A_scale=2.0)
+    equal = torch.full((K,), 1 / K, dtype=torch.float64)
+    for name, w in (("gdpo", equal), ("soft-gdpo", soft_min_weights(gains, equal, 4.0, keep=0.5))):
+        found = take(policy, rows, rule(name), gains=gains, refresh=refresh, epoch=epoch)
+        spread = epoch.A.square().mean(0).sqrt()
+        c = w * (w @ spread) / (epoch.A @ w).square().mean().sqrt()
+        torch.testing.assert_close(found.coefficients, c)
+        assert_trees(found.gradient, plain_gradient(policy, rows, interpolation(rows.A @ c)))
+
+
 def test_the_cone_is_the_projection_of_the_priors_direction(policy: Policy, rows: Rows) -> None:
     """Of the signals as the moments of both halves tell them: with halves that are alike, of this batch."""
     prior = torch.tensor([0.1, 0.8, 0.1], dtype=torch.float64)

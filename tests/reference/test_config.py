@@ -285,7 +285,7 @@ def test_rules_are_fed_and_applied_as_their_papers_say() -> None:
     assert (method("noise-aware").every, method("noise-aware").memory) == (1, 0.8)
     assert (method("catch-up").every, method("catch-up").memory) == (1, 0.8)
     assert (method("cone").every, method("cone").memory) == (1, 0.9)
-    assert [method(name).solves for name in ("soft-min", "uniform", "weighted-sum")] == [False] * 3
+    assert [method(name).solves for name in ("soft-gdpo", "soft-min", "gdpo", "uniform", "weighted-sum")] == [False] * 5
     own = method("marble_core:min_norm_weights", decay=0.5, refresh_every=3)
     assert (own.solves, own.weigh, own.every, own.memory) == (True, by_signals, 3, 0.5)
 
@@ -314,7 +314,7 @@ def test_numbers_of_a_rule_reach_it() -> None:
 
 def test_a_rule_that_does_not_solve_measures_at_its_own_interval() -> None:
     log = LogConfig(measure_every=4)
-    for balance in ("soft-min", "weighted-sum", "uniform"):
+    for balance in ("soft-gdpo", "soft-min", "weighted-sum", "uniform", "gdpo"):
         assert method_of(Config(balance=balance, log=log)).every == 4
         validate(Config(balance=balance, log=LogConfig(measure_every=0)))
         with pytest.raises(ConfigError, match=r"no solve\.refresh_every .*; log\.measure_every says how often"):

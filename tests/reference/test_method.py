@@ -11,6 +11,7 @@ from reference.step.method import method_of, refreshes_at, to_raw_sum
 
 K = 4
 RULES: dict[str, Rule] = {
+    "soft-gdpo": soft_min(K),
     "soft-min": soft_min(K),
     "marble": marble(K),
     "marble-paper": marble_paper(K),
@@ -18,6 +19,7 @@ RULES: dict[str, Rule] = {
     "catch-up": catch_up(K),
     "cone": cone(K),
     "uniform": uniform(K),
+    "gdpo": uniform(K),
 }
 
 
