@@ -94,7 +94,7 @@ class Compare:
     """Train several rules with several seeds and the same random numbers, and compare them on held-out prompts."""
 
     runs: Annotated[Runs, tyro.conf.arg(name="")] = Runs("world", seeds=5, epochs=60)
-    rules: tuple[str, ...] = ("soft-min", "marble", "marble-paper", "weighted-sum", "uniform")
+    rules: tuple[str, ...] = ("soft-gdpo", "marble", "marble-paper", "weighted-sum", "gdpo")
     """Names as of --balance, or label=file.toml with any values of a configuration; the first is compared to all."""
     eval_every: int = 20
     """Epochs between evaluations."""
@@ -125,7 +125,7 @@ class Dilute:
     """A specialist reward: fewer and fewer prompts have a text, and what each rule makes of it."""
 
     runs: Annotated[Runs, tyro.conf.arg(name="")] = Runs()
-    rules: tuple[str, ...] = ("soft-min", "uniform", "weighted-sum")
+    rules: tuple[str, ...] = ("soft-gdpo", "gdpo", "weighted-sum")
     """Names as of --balance, or label=file.toml with any values of a configuration."""
     shares: tuple[int, ...] = (2, 4, 8, 16)
     """One prompt in so many has a text."""

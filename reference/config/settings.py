@@ -149,9 +149,9 @@ class SolveConfig:
     prior: tuple[float, ...] | None = None
     """Weights of the rewards' advantages before any balancing; equal ones without it."""
     strength: float | None = None
-    """Strength with which soft-min favours rewards that have gained less so far; 0 for constant weights."""
+    """Strength with which soft-gdpo and soft-min favour rewards that have gained less so far; 0 for constant weights."""
     keep: float | None = None
-    """Share of the weights that soft-min leaves as the prior has them."""
+    """Share of the weights that soft-gdpo and soft-min leave as the prior has them."""
     ahead: float | None = None
     """Standard deviations that a reward may be in front of the last one before catch-up leaves it to itself."""
 
@@ -209,8 +209,9 @@ class Config:
 
     run: Path = Path("runs/world")
     """Folder of the run: config, metrics, checkpoints, images, report."""
-    balance: str = "soft-min"
-    """soft-min, catch-up, marble, marble-paper, noise-aware, cone, weighted-sum, uniform, or module:callable, yours."""
+    balance: str = "soft-gdpo"
+    """soft-gdpo, soft-min, catch-up, marble, marble-paper, noise-aware, cone, weighted-sum, uniform, gdpo, or
+    module:callable, yours."""
     rewards: tuple[str, ...] = ("objects", "text", "similarity", "colour", "jpeg")
     """Rewards to raise: names of the world's eight or of reference/rewards/, or module:callable of your own."""
     reward_weights: tuple[float, ...] = ()

@@ -25,7 +25,7 @@ from reference.text_files import make_folder
 
 RULES = {
     "weighted-sum": "the rewards are added up",
-    "soft-min": "the default: each reward's weight follows what it has gained so far",
+    "soft-gdpo": "the default: each reward's weight follows what it has gained so far",
     "marble": "the paper's solve on the gradients of every tenth step, here 216 rows of mostly noise",
 }
 
