@@ -13,7 +13,7 @@ Weights are random: no download. A *step* is ``reference.step.balance.step_gradi
     step/transcription     DiffusionNFT's training step written down from its equations: three forwards (old, base,
                            new), one backward pass, PEFT's own switches, no compile
     cycle/.. N=10          ten steps, the first of which refreshes the coefficients; time of one of them
-    cycle/soft-min         ten steps of the default rule, none of which measures
+    cycle/soft-min         ten steps of a rule that does not solve, none of which measures
     epochs/.. N=10         ten epochs of a step each, the first of which refreshes; time of one of them
     epoch/..               sampling in 10 steps (without decoding and rewards) and training on 9 of the 10 timesteps
 
