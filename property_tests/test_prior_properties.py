@@ -138,7 +138,7 @@ def advantages(draw: st.DrawFn) -> torch.Tensor:
 def test_the_combined_advantage_is_as_spread_out_as_its_parts(
     weights: torch.Tensor, A: torch.Tensor, order: list[int], size: float
 ) -> None:
-    """Unless they cancel: then K times what is left. The order, and the scale of weights and advantages, do not matter."""
+    """Unless they cancel: then K times what is left. Order and scale do not matter."""
     c = restore_spread(weights, A)
     parts, left = float(weights @ spread(A)), float(spread(A @ weights))
     if left > parts / K:

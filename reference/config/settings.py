@@ -149,7 +149,7 @@ class SolveConfig:
     prior: tuple[float, ...] | None = None
     """Weights of the rewards' advantages before any balancing; equal ones without it."""
     strength: float | None = None
-    """Strength with which soft-gdpo and soft-min favour rewards that have gained less so far; 0 for constant weights."""
+    """Strength with which soft-gdpo and soft-min favour rewards that lag; 0 for constant weights."""
     keep: float | None = None
     """Share of the weights that soft-gdpo and soft-min leave as the prior has them."""
     ahead: float | None = None

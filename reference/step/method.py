@@ -22,7 +22,7 @@ from marble_core.rules import (
     soft_min,
     uniform,
 )
-from reference.config.settings import Config
+from reference.config.settings import Config, SolveConfig
 from reference.errors import ConfigError, TrainingError
 from reference.interfaces import load_callable, place_of
 
@@ -116,11 +116,10 @@ def method_of(config: Config) -> Method:
             return Method(uniform(K), measure, solves=False, weigh=by_mean)
         case "gdpo":
             return Method(uniform(K), measure, solves=False, weigh=by_advantages, fit=to_spread)
-        case "soft-min" | "soft-gdpo":
-            tilted = soft_min(K, strength=_or(s.strength, 4.0), keep=_or(s.keep, 0.5), prior=prior)
-            if config.balance == "soft-min":
-                return Method(tilted, measure, solves=False)
-            return Method(tilted, measure, solves=False, weigh=by_advantages, fit=to_spread)
+        case "soft-gdpo":
+            return Method(_soft_min(K, s, prior), measure, solves=False, weigh=by_advantages, fit=to_spread)
+        case "soft-min":
+            return Method(_soft_min(K, s, prior), measure, solves=False)
         case "marble":
             return Method(marble(K, rho=rho, guard=guard), _or(s.refresh_every, 10))
         case "marble-paper":
@@ -135,6 +134,10 @@ def method_of(config: Config) -> Method:
             turned = cone(K, prior=prior / prior.sum())
             return Method(turned, _or(s.refresh_every, 1), memory=_or(s.decay, 0.9))
     return Method(_own(config.balance, K, s.rho), _or(s.refresh_every, 10), memory=s.decay)
+
+
+def _soft_min(K: int, s: SolveConfig, prior: Tensor) -> Rule:
+    return soft_min(K, strength=_or(s.strength, 4.0), keep=_or(s.keep, 0.5), prior=prior)
 
 
 N = TypeVar("N", int, float)

@@ -48,14 +48,14 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 RULES = {
-    "soft-min": {"balance": "soft-min"},
+    "soft-gdpo": {"balance": "soft-gdpo"},
     "marble-paper": {"balance": "marble-paper", "solve": SolveConfig(refresh_every=1)},
     "weighted-sum": {"balance": "weighted-sum"},
     "sharded": {"balance": "marble-paper", "solve": SolveConfig(refresh_every=2)},
     "cone": {"balance": "cone", "solve": SolveConfig(decay=0.5, refresh_every=2)},
 }
 EXACT = 1e-5 if torch.__version__.startswith("2.6.") else 1e-6  # applied coefficients; 2.6 rounds otherwise, 3e-6 here
-COMPARED = ("soft-min", "marble-paper", "weighted-sum", *(["sharded"] if can_shard() else []))  # "cone" is handed on
+COMPARED = ("soft-gdpo", "marble-paper", "weighted-sum", *(["sharded"] if can_shard() else []))  # "cone" is handed on
 
 
 def config(run: Path, rule: str, epochs: int = 2) -> Config:
@@ -182,7 +182,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rule in (*COMPARED, "cone"):
             train_module.train(config(root / "1" / rule, rule))
     printed = accelerate_launch(2, root / "2")
-    assert re.findall(r"soft-min holds (\S+)", printed) == ["1.000"] * 2
+    assert re.findall(r"soft-gdpo holds (\S+)", printed) == ["1.000"] * 2
     shares = [float(share) for share in re.findall(r"sharded holds (\S+)", printed)]
     assert len(shares) == 2 * can_shard()
     assert all(0.5 < share < 0.7 for share in shares)  # "old", the second adapter, is frozen too, and whole everywhere
@@ -234,7 +234,7 @@ def test_several_processes_are_one(runs: Path, rule: str, size: int) -> None:
 
 
 def test_the_steps_of_these_runs_leave_processes_without_rows() -> None:
-    this = config(Path("run"), "soft-min")
+    this = config(Path("run"), "soft-gdpo")
     parts = [set(part.tolist()) for epoch in (0, 1) for part in images_of_steps(12, this, epoch)]
     empty = [not part & set(share_of(12, Peers(rank, 3))) for part in parts for rank in range(3)]
     assert any(empty)
