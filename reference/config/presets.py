@@ -58,18 +58,21 @@ def preset(name: Preset) -> Config:
     if name in ("sd35m", "sd35m-single-gpu"):
         return _sd35m() if name == "sd35m" else _on_one_card(_sd35m())
     if name == "world":
-        # with half this pull the weighted sum comes apart within 200 epochs: docs/results.md, "200 epochs"
+        # with half this pull the weighted sum comes apart within 200 epochs: docs/evidence.md, "200 epochs"
         return Config(loss=LossConfig(kl_weight=0.4), optim=OptimConfig(lr=2.5e-4), log=LogConfig(measure_every=10))
     if name == "world-conflict":
         rewards = ("text", "colour", "jpeg", "sharpness", "contrast")
         log = LogConfig(watch=("objects", "similarity"), measure_every=10)
         return Config(run=Path("runs/world-conflict"), rewards=rewards, log=log)
     if name == "demo":
+        # few images an epoch, much noise: four rewards, twice the pull; docs/evidence.md, "The demo in five seeds"
         return dataclasses.replace(
             preset("world-conflict"),
             run=Path("runs/demo"),
+            rewards=("colour", "jpeg", "sharpness", "contrast"),
             epochs=20,
             rollout=RolloutConfig(pool=24, prompts_per_epoch=6),
+            loss=LossConfig(kl_weight=0.2),
             log=LogConfig(eval_every=0, eval_prompts=120, save_every=0, watch=(), measure_every=10),
         )
     rollout = RolloutConfig(pool=4, prompts_per_epoch=2, images_per_prompt=4, steps=3, batch=8)
