@@ -94,8 +94,7 @@ def step_gradient(
     """
     if step.refresh and (method.solves or method.weigh is by_signals):
         return _combined(policy, rows, balance, method, loss, step)
-    state, c = method.rule.update(balance.rule, Evidence(gains=step.gains))
-    c = method.fit(c, step.A, step.A_sum)
+    state, c = _coefficients(balance, method, Evidence(), step)
     balance = balance._replace(rule=state)
 
     def weigh(A: Tensor, A_sum: Tensor) -> Tensor:
@@ -108,13 +107,18 @@ def step_gradient(
     return StepResult(gradient, balance, c, metrics, None)
 
 
+def _coefficients(balance: Balance, method: Method, evidence: Evidence, step: Step) -> tuple[Any, Tensor]:
+    """The rule's next state, and what the gradients are multiplied by."""
+    state, c = method.rule.update(balance.rule, evidence._replace(gains=step.gains))
+    return state, method.fit(c, step.A, step.A_sum)
+
+
 def _combined(policy: Policy, rows: Rows, balance: Balance, method: Method, loss: LossConfig, step: Step) -> StepResult:
     """A step along the direction that a rule makes of all K gradients of this batch."""
     found = _measured(policy, rows, loss, Asked(None, method.full, step.micro_batch, step.verify), step.whole)
     shared = found.shared if method.full else None
     estimate, measured, evidence = observe(balance.estimate, found.a, found.b, shared, method.memory)
-    state, c = method.rule.update(balance.rule, evidence._replace(gains=step.gains))
-    c = method.fit(c, step.A, step.A_sum)
+    state, c = _coefficients(balance, method, evidence, step)
     h = {name: (found.a[name] + x) / 2 for name, x in found.b.items()}
     scale = float(c.sum()) if method.full else 1.0
     direction = combine_rows(h, c)
