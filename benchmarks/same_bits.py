@@ -17,7 +17,7 @@ from reference.config.settings import BUILT_IN_RULES, SolveConfig
 from reference.run.state import newest
 from reference.train import train
 
-_SOLVES = ("marble", "marble-paper", "catch-up", "noise-aware", "cone")
+_SOLVES = ("marble", "marble-paper", "catch-up", "noise-aware", "cone", "upgrad")
 
 
 def adapters(rule: str, folder: Path) -> str:

@@ -1,7 +1,7 @@
 """Multi-reward balancing for diffusion RL: one advantage and one gradient per reward, one direction that improves all.
 
 Pure functions on tensors and pytrees, torch only. By topic: ``advantages``, ``nft``, ``gradients``, ``gram``,
-``noise``, ``noise_aware``, ``simplex``, ``cone``, ``prior``, ``harmonize``, ``ema``, ``diagnostics``.
+``noise``, ``noise_aware``, ``simplex``, ``cone``, ``upgrad``, ``prior``, ``harmonize``, ``ema``, ``diagnostics``.
 """
 
 from marble_core.advantages import (
@@ -62,6 +62,7 @@ from marble_core.noise_aware import NoiseAware, SignalGram, noise_aware_weights,
 from marble_core.prior import lag_weights, restore_spread, shrink_to_prior, soft_min_weights
 from marble_core.shared_cotangent import SharedRows, shared_cotangent_rows
 from marble_core.simplex import min_norm_gap, min_norm_weights, project_simplex
+from marble_core.upgrad import upgrad_weights
 
 __version__ = "0.1.0"
 __all__ = [
@@ -134,4 +135,5 @@ __all__ = [
     "update_gram_ema",
     "update_group_stats",
     "update_moments",
+    "upgrad_weights",
 ]

@@ -18,14 +18,14 @@ from marble_core._check import (
 )
 from marble_core._min_norm import _EPS, ENUMERATED, _active_set, _flat
 
-_FLOAT32 = 2.0**-24  # relative rounding of a float32 number
+FLOAT32 = 2.0**-24  # relative rounding of a float32 number
 
 
 def cone_weights(
     gram: Tensor,
     prior: Tensor,
     *,
-    precision: float = _FLOAT32,
+    precision: float = FLOAT32,
     error: float = 0.0,
     step_gram: Tensor | None = None,
 ) -> Tensor:

@@ -21,6 +21,7 @@ from marble_core.rules.constant import uniform, weighted_sum
 from marble_core.rules.marble import Smoothed, follow, init_smoothed, marble, marble_paper
 from marble_core.rules.noise_aware import noise_aware
 from marble_core.rules.soft_min import soft_min
+from marble_core.rules.upgrad import upgrad
 
 __all__ = [
     "Evidence",
@@ -35,5 +36,6 @@ __all__ = [
     "noise_aware",
     "soft_min",
     "uniform",
+    "upgrad",
     "weighted_sum",
 ]

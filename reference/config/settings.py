@@ -16,6 +16,7 @@ BUILT_IN_RULES: dict[str, tuple[str, ...]] = {
     "catch-up": ("refresh_every", "decay", "prior", "ahead"),
     "noise-aware": ("refresh_every", "decay", "prior"),
     "cone": ("refresh_every", "decay", "prior"),
+    "upgrad": ("refresh_every", "prior"),
     "weighted-sum": (),
     "uniform": (),
     "gdpo": (),
@@ -210,7 +211,7 @@ class Config:
     run: Path = Path("runs/world")
     """Folder of the run: config, metrics, checkpoints, images, report."""
     balance: str = "soft-gdpo"
-    """soft-gdpo, soft-min, catch-up, marble, marble-paper, noise-aware, cone, weighted-sum, uniform, gdpo, or
+    """soft-gdpo, soft-min, catch-up, marble, marble-paper, noise-aware, cone, upgrad, weighted-sum, uniform, gdpo, or
     module:callable, yours."""
     rewards: tuple[str, ...] = ("objects", "text", "similarity", "colour", "jpeg")
     """Rewards to raise: names of the world's eight or of reference/rewards/, or module:callable of your own."""

@@ -1,4 +1,4 @@
-"""Rules that were tried and are not shipped, and one of other work, each a function as those of ``marble_core.rules``.
+"""Rules that were tried and are not shipped, each a function as those of ``marble_core.rules``.
 
     python -m reference train --balance reference.experiments.candidates:soft_min_cone --solve.refresh-every 1
 
@@ -16,45 +16,31 @@ import torch
 from torch import Tensor
 
 from marble_core import (
-    cone_weights,
     harmonize,
     min_norm_weights,
     psd_part,
     rescale,
     shrink_to_prior,
     soft_min_weights,
+    upgrad_weights,
 )
-from marble_core.rules import Evidence, Rule, catch_up, cone, marble, marble_paper, noise_aware, soft_min, uniform
-
-
-def upgrad_weights(gram: Tensor) -> Tensor:
-    """Coefficients of UPGrad: every gradient is projected onto the cone that lowers no reward, then the mean is taken.
-
-    Args:
-        gram: ``[K, K]``, of the raw gradients.
-
-    Returns:
-        ``[K]``, coefficients of the raw gradients.
-
-    Example:
-        >>> upgrad_weights(torch.tensor([[4.0, -1.0], [-1.0, 1.0]]))
-        tensor([0.6250, 1.0000])
-
-    Reference: Quinton and Rey (arXiv 2406.16232); TorchJD's ``UPGradWeighting``, without its regularization.
-    """
-    K = gram.shape[-1]
-    each = torch.eye(K, dtype=gram.dtype, device=gram.device) / K
-    return cone_weights(gram.expand(K, K, K), each).sum(0)
-
-
-def upgrad(num_rewards: int) -> Rule:
-    """UPGrad on the raw gradients of each batch, as TorchJD applies it."""
-    return _solving(num_rewards, lambda e: upgrad_weights(_given(e.gram)))
+from marble_core.rules import (
+    Evidence,
+    Rule,
+    catch_up,
+    cone,
+    marble,
+    marble_paper,
+    noise_aware,
+    soft_min,
+    uniform,
+    upgrad,
+)
 
 
 def upgrad_halves(num_rewards: int) -> Rule:
     """UPGrad on the signals, by an unbiased estimate of their Gram matrix."""
-    return _solving(num_rewards, lambda e: upgrad_weights(psd_part(_given(e.cross))))
+    return _solving(num_rewards, lambda e: upgrad_weights(psd_part(_given(e.cross)), _equal(num_rewards)))
 
 
 def min_norm_halves(num_rewards: int) -> Rule:
@@ -146,7 +132,11 @@ def _solving(num_rewards: int, solve: Callable[[Evidence], Tensor]) -> Rule:
         state = state if evidence.gram is None else solve(evidence)
         return state, state.clone()
 
-    return Rule(lambda: torch.full((num_rewards,), 1 / num_rewards, dtype=torch.float64), update)
+    return Rule(lambda: _equal(num_rewards), update)
+
+
+def _equal(K: int) -> Tensor:
+    return torch.full((K,), 1 / K, dtype=torch.float64)
 
 
 def _given(matrix: Tensor | None) -> Tensor:
@@ -161,7 +151,7 @@ def _given(matrix: Tensor | None) -> Tensor:
 def _tilted(e: Evidence) -> Tensor:
     """The soft minimum's weights; equal ones where no gains are known."""
     K = len(_given(e.gram))
-    equal = torch.full((K,), 1 / K, dtype=torch.float64)
+    equal = _equal(K)
     return equal if e.gains is None else soft_min_weights(e.gains.double(), equal, 4.0, keep=0.5)
 
 

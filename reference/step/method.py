@@ -21,6 +21,7 @@ from marble_core.rules import (
     noise_aware,
     soft_min,
     uniform,
+    upgrad,
 )
 from reference.config.settings import Config, SolveConfig
 from reference.errors import ConfigError, TrainingError
@@ -133,6 +134,8 @@ def method_of(config: Config) -> Method:
         case "cone":
             turned = cone(K, prior=prior / prior.sum())
             return Method(turned, _or(s.refresh_every, 1), memory=_or(s.decay, 0.9))
+        case "upgrad":
+            return Method(upgrad(K, prior=prior / prior.sum()), _or(s.refresh_every, 1))
     return Method(_own(config.balance, K, s.rho), _or(s.refresh_every, 10), memory=s.decay)
 
 

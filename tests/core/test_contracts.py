@@ -179,6 +179,8 @@ CASES: dict[str, Case] = {
     "min_norm_gap": Case(mc.min_norm_gap, lambda d, s: (psd(d, s), rand(3, dtype=d, seed=s).softmax(0)), dtypes=HALF),
     # cone
     "cone_weights": Case(mc.cone_weights, lambda d, s: (psd(d, s), unit(3, dtype=d, seed=s)), dtypes=HALF),
+    # upgrad
+    "upgrad_weights": Case(mc.upgrad_weights, lambda d, s: (psd(d, s), unit(3, dtype=d, seed=s)), dtypes=HALF),
     # prior
     "soft_min_weights": Case(
         lambda gain, prior: mc.soft_min_weights(gain, prior, 2.0),

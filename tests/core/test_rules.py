@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from marble_core import Coefficients, cone_weights, harmonize, psd_part, soft_min_weights
+from marble_core import Coefficients, cone_weights, harmonize, psd_part, soft_min_weights, upgrad_weights
 from marble_core.rules import (
     Evidence,
     Rule,
@@ -23,6 +23,7 @@ from marble_core.rules import (
     noise_aware,
     soft_min,
     uniform,
+    upgrad,
     weighted_sum,
 )
 
@@ -36,6 +37,7 @@ RULES: dict[str, Rule] = {
     "cone": cone(K),
     "noise-aware": noise_aware(K),
     "catch-up": catch_up(K),
+    "upgrad": upgrad(K),
 }
 
 
@@ -93,7 +95,7 @@ def test_coefficients_and_evidence_are_the_callers_own(name: str) -> None:
         assert torch.equal(rule.update(state, evidence(7))[1], expected)
 
 
-@pytest.mark.parametrize("make", [soft_min, cone, noise_aware, catch_up, lambda K, prior: weighted_sum(prior)])
+@pytest.mark.parametrize("make", [soft_min, cone, noise_aware, catch_up, upgrad, lambda K, prior: weighted_sum(prior)])
 def test_a_prior_is_copied(make: Any) -> None:
     prior = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
     rule = make(K, prior=prior)
@@ -121,6 +123,7 @@ def test_what_the_formulas_say() -> None:
     assert first["weighted-sum"].tolist() == [1.0, 2.0, 0.0, 4.0]
     assert torch.equal(first["soft-min"], soft_min_weights(gains, equal, 4.0, keep=0.5))
     assert torch.equal(cone(K).update(equal, Evidence(gram))[1], cone_weights(gram, equal))
+    assert torch.equal(first["upgrad"], upgrad_weights(gram, equal))
     assert torch.equal(first["marble-paper"], harmonize(gram).coefficients)
     # the first solve has nothing to be smoothed with
     exact = marble(K, rho=0.0, guard=0.0)
@@ -199,7 +202,7 @@ def test_what_cannot_be_used_is_named(call: Any, message: str) -> None:
         call()
 
 
-@pytest.mark.parametrize("make", [soft_min, cone, noise_aware, catch_up])
+@pytest.mark.parametrize("make", [soft_min, cone, noise_aware, catch_up, upgrad])
 def test_a_prior_that_cannot_be_used_is_named_at_once(make: Any) -> None:
     for prior in ([1.0, -1.0], [1.0, torch.nan], [1.0, torch.inf], [0.0, 0.0]):
         with pytest.raises(ValueError, match=r"prior: expected (finite entries of at least 0|an entry above 0), got"):
@@ -218,7 +221,7 @@ def test_evidence_of_another_shape_or_dtype_is_named(name: str, field: str) -> N
     good: dict[str, Any] = {key: torch.eye(K) if len(s) == 2 else torch.zeros(K) for key, s in SHAPES.items()}
     wrong = [torch.ones(*(n + 1 for n in shape)), torch.ones(1, *shape), torch.ones(shape).long(), [0.0] * K]
     looks = {"soft-min": ("gains",), "catch-up": tuple(SHAPES), "cone": ("gram", "cross")}
-    looks |= dict.fromkeys(("marble", "marble-paper"), ("gram",)) | {"noise-aware": ("gram", "cross")}
+    looks |= dict.fromkeys(("marble", "marble-paper", "upgrad"), ("gram",)) | {"noise-aware": ("gram", "cross")}
     for x in wrong:
         evidence = Evidence(**{**good, field: x})
         if field in looks.get(name, ()):

@@ -285,6 +285,7 @@ def test_rules_are_fed_and_applied_as_their_papers_say() -> None:
     assert (method("noise-aware").every, method("noise-aware").memory) == (1, 0.8)
     assert (method("catch-up").every, method("catch-up").memory) == (1, 0.8)
     assert (method("cone").every, method("cone").memory) == (1, 0.9)
+    assert (method("upgrad").every, method("upgrad").memory, method("upgrad").weigh) == (1, None, by_signals)
     assert [method(name).solves for name in ("soft-gdpo", "soft-min", "gdpo", "uniform", "weighted-sum")] == [False] * 5
     own = method("marble_core:min_norm_weights", decay=0.5, refresh_every=3)
     assert (own.solves, own.weigh, own.every, own.memory) == (True, by_signals, 3, 0.5)
@@ -302,6 +303,7 @@ def test_numbers_of_a_rule_reach_it() -> None:
     assert torch.equal(coefficients("soft-min", strength=2.0, keep=0.1), soft_min_weights(gains, equal, 2.0, keep=0.1))
     assert coefficients("soft-min", strength=0.0, prior=(1.0, 3.0)).tolist() == [0.25, 0.75]
     assert torch.equal(coefficients("cone", prior=(1.0, 3.0)), torch.tensor([0.25, 0.75], dtype=torch.float64))
+    assert torch.equal(coefficients("upgrad", prior=(1.0, 3.0)), torch.tensor([0.25, 0.75], dtype=torch.float64))
     fresh, kept = coefficients("marble", rho=0.0, guard=0.0), coefficients("marble", rho=1.0, guard=0.0)
     assert torch.allclose(fresh, harmonize(gram).coefficients)
     assert torch.allclose(kept, 1.5 * equal / gram.diagonal().sqrt())

@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marble_core.rules import Evidence, Rule, catch_up, cone, marble, marble_paper, noise_aware, soft_min, uniform
+from marble_core.rules import (
+    Evidence,
+    Rule,
+    catch_up,
+    cone,
+    marble,
+    marble_paper,
+    noise_aware,
+    soft_min,
+    uniform,
+    upgrad,
+)
 from reference.config.settings import Config
 from reference.step.method import method_of, refreshes_at, to_raw_sum
 
@@ -18,6 +29,7 @@ RULES: dict[str, Rule] = {
     "noise-aware": noise_aware(K),
     "catch-up": catch_up(K),
     "cone": cone(K),
+    "upgrad": upgrad(K),
     "uniform": uniform(K),
     "gdpo": uniform(K),
 }
