@@ -18,14 +18,12 @@ from marble_core._check import (
 )
 from marble_core._min_norm import _EPS, ENUMERATED, _active_set, _flat
 
-FLOAT32 = 2.0**-24  # relative rounding of a float32 number
-
 
 def cone_weights(
     gram: Tensor,
     prior: Tensor,
     *,
-    precision: float = FLOAT32,
+    precision: float = 2.0**-24,
     error: float = 0.0,
     step_gram: Tensor | None = None,
 ) -> Tensor:

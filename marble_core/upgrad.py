@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from marble_core._check import require_gram, require_prior
-from marble_core.cone import FLOAT32, cone_weights
+from marble_core.cone import cone_weights
 
 
-def upgrad_weights(gram: Tensor, prior: Tensor, *, precision: float = FLOAT32) -> Tensor:
+def upgrad_weights(gram: Tensor, prior: Tensor, *, precision: float = 2.0**-24) -> Tensor:
     """Coefficients of UPGrad's direction: each gradient is projected onto the cone that lowers no reward, then added.
 
     With ``P`` the projection onto ``{d : <d, g_l> >= 0 for every l}``, ``d = sum_k prior_k P(g_k)``. It raises every

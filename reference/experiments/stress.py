@@ -8,8 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from marble_core import cone_weights, gram_matrix, harmonize, noise_aware_weights, shrink_gram, signal_gram
-from reference.experiments.candidates import upgrad_weights
+from marble_core import (
+    cone_weights,
+    gram_matrix,
+    harmonize,
+    noise_aware_weights,
+    shrink_gram,
+    signal_gram,
+    upgrad_weights,
+)
 
 _P = 600  # parameters
 
@@ -87,7 +94,7 @@ RULES: dict[str, Callable[[Case], Tensor]] = {
     "marble": _marble,
     "noise-aware": _aware,
     "cone": lambda case: cone_weights(gram_matrix((case.a + case.b) / 2), _uniform(case)),
-    "upgrad": lambda case: upgrad_weights(gram_matrix((case.a + case.b) / 2)),
+    "upgrad": lambda case: upgrad_weights(gram_matrix((case.a + case.b) / 2), _uniform(case)),
 }
 
 

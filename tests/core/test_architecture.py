@@ -17,6 +17,7 @@ EDGES = {
     "harmonize": {"gram", "simplex"},
     "ema": {"harmonize"},
     "noise_aware": {"simplex"},
+    "upgrad": {"cone"},
 }
 
 
