@@ -109,6 +109,7 @@ def method_of(config: Config) -> Method:
     """
     K, s, measure = len(config.rewards), config.solve, config.log.measure_every
     prior = torch.tensor(s.prior or [1.0] * K, dtype=torch.float64)
+    shares = prior / prior.sum()
     rho, guard = _or(s.rho, 0.7), _or(s.guard, 0.5)
     match config.balance:
         case "weighted-sum":
@@ -126,16 +127,16 @@ def method_of(config: Config) -> Method:
         case "marble-paper":
             return Method(marble_paper(K, rho=rho), _or(s.refresh_every, 10), weigh=by_advantages, full=True)
         case "catch-up":
-            lagging = catch_up(K, ahead=_or(s.ahead, 0.25), prior=prior / prior.sum())
+            lagging = catch_up(K, ahead=_or(s.ahead, 0.25), prior=shares)
             return Method(lagging, _or(s.refresh_every, 1), memory=_or(s.decay, 0.8))
         case "noise-aware":
-            known = noise_aware(K, prior=prior / prior.sum())
+            known = noise_aware(K, prior=shares)
             return Method(known, _or(s.refresh_every, 1), memory=_or(s.decay, 0.8))
         case "cone":
-            turned = cone(K, prior=prior / prior.sum())
+            turned = cone(K, prior=shares)
             return Method(turned, _or(s.refresh_every, 1), memory=_or(s.decay, 0.9))
         case "upgrad":
-            return Method(upgrad(K, prior=prior / prior.sum()), _or(s.refresh_every, 1))
+            return Method(upgrad(K, prior=shares), _or(s.refresh_every, 1))
     return Method(_own(config.balance, K, s.rho), _or(s.refresh_every, 10), memory=s.decay)
 
 
